@@ -1,0 +1,10 @@
+"""The one exception for what a user can mend."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad input. The message says what was found, what was expected and how to mend it, on one line.
+
+    The command line prints it without a traceback and leaves with exit code 2.
+    """
