@@ -1,0 +1,73 @@
+"""The front of the command line: finds the verb, loads only what that verb needs, turns mistakes into one line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from qm_lightning import __version__
+from qm_lightning.errors import UserError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "fit": ("train", "train merger and prior on a frozen backbone (or pre-train a small backbone)"),
+    "validate": ("train", "run the validation shards through a trained run"),
+    "test": ("train", "run the held-out test shards and write results.json"),
+    "predict": ("train", "write the predicted target sequences of the test shards"),
+    "compare": ("compare", "mergers x compressions x seeds on the same work"),
+    "report": ("report", "tables and pictures of finished runs: HTML, PNG and CSV"),
+    "generate": ("generate", "text from a trained run"),
+    "export": ("export", "safetensors + config.json from a checkpoint"),
+    "doctor": ("doctor", "pre-flight: versions, devices, shards, backbone, disk, W&B, and --nodes"),
+}
+
+USAGE_ERROR = 2
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {verb:<9} {text}" for verb, (_, text) in VERBS.items())
+    return (
+        "usage: python train.py VERB [options]\n\n"
+        f"{verbs}\n\n"
+        "python train.py VERB --help lists a verb's options.\n"
+        "python train.py fit --config configs/experiment/image.yaml trains the shipped image experiment;\n"
+        "any key of a configuration can be set on the command line: --model.merger ToMe --trainer.max_steps 100."
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return "error: " + " ".join(str(error).split())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: arguments after the program's name; ``None``: those of the process.
+
+    Returns:
+        The exit code: 0, or 2 for a mistake of the user's, printed as one line.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if args[0] == "--version":
+        print(__version__)
+        return 0
+    if args[0] not in VERBS:
+        known = ", ".join(VERBS)
+        print(_one_line(UserError(f"unknown verb {args[0]!r}; expected one of {known}")), file=sys.stderr)
+        return USAGE_ERROR
+    # The tokenizers library warns about forked data workers unless told.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from datamodules.errors import DataError
+
+    module = importlib.import_module(f"qm_lightning.commands.{VERBS[args[0]][0]}")
+    try:
+        # The Lightning verbs share one parser, which reads the verb itself.
+        return int(module.main(args if VERBS[args[0]][0] == "train" else args[1:]))
+    except (UserError, DataError) as error:
+        print(_one_line(error), file=sys.stderr)
+        return USAGE_ERROR
