@@ -149,7 +149,7 @@ class ARPrior(nn.Module):
         return _join((context.embeddings, context.positions, context.bias), after)
 
     def _read_backward(self, context: _Context, mask: Tensor) -> Tensor:
-        """Hidden states over the valid merged tokens, read from last to first: [B,K,dim] in the order of k."""
+        """Hidden states over the valid merged tokens, read from last to first; [B,K,dim] in order of k."""
         index = torch.arange(mask.shape[1], device=mask.device)
         last = mask.sum(dim=1, keepdim=True) - 1
         # Reverses the valid tokens, leaves padding where it is, and is its own inverse.
