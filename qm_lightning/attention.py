@@ -1,12 +1,13 @@
 """Exact statistics of attention without the N x N matrix (spec/quickmerge.md, section 1).
 
-For row i with scores z_ij (scaled dot products, plus a bias if there is one) and weights A_ij = softmax_j(z_ij):
+For row i with scores z_ij (scaled dot products, plus a bias if there is one), weights A_ij = softmax_j(z_ij):
 
-    H_i = -sum_j A_ij log A_ij = lse_i - sum_j A_ij z_ij,    and without a bias    sum_j A_ij z_ij = c q_i . (sum_j A_ij k_j)
+    H_i = -sum_j A_ij log A_ij = lse_i - sum_j A_ij z_ij
+    without a bias: sum_j A_ij z_ij = scale * q_i . (sum_j A_ij k_j)
 
-so a fused kernel that also returns the log-sum-exp gives the entropy in one more pass, with the keys in the place
-of the values. Where no such kernel fits (a bias, received attention, other devices) the scores are walked through
-in blocks of queries: the same numbers, memory O(block * N).
+so a fused kernel that also returns the log-sum-exp gives the entropy in one more pass, with the keys in the
+place of the values. Where no such kernel fits (a bias, received attention, other devices) the scores are walked
+through in blocks of queries: the same numbers, memory O(block * N).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from qm_lightning.tokens import AttentionStats
 
 # A key whose additive mask lies below this is hidden, not just unlikely: half of what fp16 can hold at most.
 _HIDDEN_BELOW = -32752.0
-# Scores held at a time by the blockwise walk. Small blocks stay in a CPU's cache; an accelerator wants large ones.
+# Scores held at a time by the blockwise walk: few stay in a CPU's cache, an accelerator wants many.
 _BLOCK_SCORES_CPU = 2**20
 _BLOCK_SCORES_ACCELERATOR = 2**26
 
@@ -36,15 +37,15 @@ def attention_with_stats(
 ) -> tuple[Tensor, AttentionStats]:
     """Attend, and tell how the attention was spread.
 
-    The output is ``scaled_dot_product_attention``'s own and carries gradients; the statistics do not. They are
-    computed in fp32 (fp64 for fp64 input), whatever autocast says.
+    The output is ``scaled_dot_product_attention``'s own and carries gradients; the statistics do not. They
+    are computed in fp32 (fp64 for fp64 input), whatever autocast says.
 
     Args:
         query: [B,heads,N,d] float.
         key: [B,kv_heads,N,d] float; ``heads`` is a multiple of ``kv_heads`` (grouped keys).
         value: [B,kv_heads,N,d_v] float.
-        attn_mask: bool (True = visible) or additive float, broadcastable to [B,heads,N,N]. An additive value under
-            -32752 hides the key; any other is a bias and part of the scores.
+        attn_mask: bool (True = visible) or additive float, broadcastable to [B,heads,N,N]. An additive
+            value under -32752 hides the key; any other is a bias and part of the scores.
         is_causal: token i sees tokens 0..i; not together with ``attn_mask``.
         scale: factor of the dot products; ``None``: 1 / sqrt(d).
         received: also sum up what each token receives. Not causal.
@@ -168,7 +169,7 @@ def _attend_keys(
 def _walk(
     query: Tensor, key: Tensor, bias: Tensor | None, tokens: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Entropy [B,heads,N] and, given the real ``tokens``, received attention [B,N], block of queries by block."""
+    """Entropy [B,heads,N] and, given the real ``tokens``, received [B,N], block of queries by block."""
     batch, heads, rows, _ = query.shape
     columns = key.shape[2]
     budget = _BLOCK_SCORES_CPU if query.device.type == "cpu" else _BLOCK_SCORES_ACCELERATOR
