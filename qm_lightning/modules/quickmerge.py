@@ -112,7 +112,7 @@ class QuickMergeModule(LightningModule):
         size = int(batch["valid"].shape[0])
         self.log_dict({f"train/loss/{name}": loss.detach() for name, loss in losses.items()}, batch_size=size)
         self.log("train/tokens/compression", merged.compression.mean(), prog_bar=True, batch_size=size)
-        self.log("train/merged/variance", collapse_variance(merged), batch_size=size)
+        self.log("train/merged/variance", collapse_variance(merged, batch["valid"]), batch_size=size)
         return losses["total"]
 
     def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
