@@ -1,11 +1,14 @@
-"""One process with batch 2B equals two processes with batch B, uneven token counts and padding samples included."""
+"""One process with batch 2B equals two with batch B: uneven token counts, padding samples and all."""
 
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from qm_lightning.losses import alignment_losses, fidelity_loss, global_mean, target_loss
@@ -15,7 +18,7 @@ from qm_lightning.tokens import MergedTokens, Tokens
 B, N, K, D, T, VOCAB = 6, 8, 4, 6, 5, 7
 
 
-def make_batch():
+def make_batch() -> tuple[Tokens, MergedTokens, Tensor, Tensor]:
     torch.manual_seed(0)
     mask = torch.arange(K) < torch.tensor([4, 1, 3, 2, 4, 4])[:, None]
     values = torch.randn(B, N, D, dtype=torch.float64)
@@ -38,7 +41,7 @@ def make_batch():
     return tokens, merged, targets, torch.tensor([True, True, True, True, True, False])
 
 
-def rows(data, start, end):
+def rows(data: Tokens | MergedTokens, start: int, end: int) -> Any:
     changed = {
         f.name: getattr(data, f.name)[start:end]
         for f in fields(data)
@@ -47,7 +50,7 @@ def rows(data, start, end):
     return replace(data, **changed)
 
 
-def loss_and_gradient(start, end, distributed):
+def loss_and_gradient(start: int, end: int, distributed: bool) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     prior = ARPrior(D, VOCAB, dim=16, depth=1, heads=2).double()
     tokens, merged, targets, valid = make_batch()
@@ -69,14 +72,14 @@ def loss_and_gradient(start, end, distributed):
     return loss.detach(), torch.cat([p.grad.flatten() for p in prior.parameters()])
 
 
-def worker(rank, folder):
+def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.save(loss_and_gradient(3 * rank, 3 * rank + 3, distributed=True), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.distributed
-def test_two_processes_equal_one_with_the_double_batch(tmp_path):
+def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path) -> None:
     mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
     want_loss, want_gradient = loss_and_gradient(0, 6, distributed=False)
     losses, gradients = zip(

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from qm_lightning.losses import (
     alignment_losses,
@@ -19,7 +20,7 @@ from qm_lightning.tokens import MergedTokens, Tokens
 VALID = torch.tensor([True, True, False])
 
 
-def merge_pairs(values, mask):
+def merge_pairs(values: Tensor, mask: Tensor) -> MergedTokens:
     """Neighbours 2i, 2i+1 are averaged; the slow way, over valid tokens."""
     B, N, D = values.shape
     assignment = (torch.arange(N) // 2).expand(B, N).masked_fill(~mask, -1)
@@ -35,7 +36,7 @@ def merge_pairs(values, mask):
 
 
 @pytest.fixture
-def case():
+def case() -> tuple[Tokens, MergedTokens]:
     torch.manual_seed(0)
     values = torch.randn(3, 8, 5, dtype=torch.float64)
     mask = torch.arange(8) < torch.tensor([8, 5, 6])[:, None]
@@ -43,7 +44,7 @@ def case():
     return tokens, merge_pairs(values, mask)
 
 
-def test_target_loss_sums_valid_target_tokens():
+def test_target_loss_sums_valid_target_tokens() -> None:
     logits = torch.randn(3, 4, 6, dtype=torch.float64)
     targets = torch.tensor([[0, 1, 2, 3], [4, 5, -100, -100], [1, 1, 1, 1]])
     total, count = target_loss(logits, targets, VALID)
@@ -53,13 +54,13 @@ def test_target_loss_sums_valid_target_tokens():
     assert int(count) == 6
 
 
-def test_target_loss_is_computed_in_fp32():
+def test_target_loss_is_computed_in_fp32() -> None:
     logits = torch.zeros(1, 300, 1000, dtype=torch.bfloat16)
     total, count = target_loss(logits, torch.zeros(1, 300, dtype=torch.long), torch.tensor([True]))
     assert float(total / count) == pytest.approx(math.log(1000), rel=1e-6)
 
 
-def test_alignment_of_perfect_predictions_is_zero(case):
+def test_alignment_of_perfect_predictions_is_zero(case: tuple[Tokens, MergedTokens]) -> None:
     _, merged = case
     target = F.layer_norm(merged.values, (5,))
     output = PriorOutput(merged.values, target.roll(-1, 1), target.roll(1, 1))
@@ -68,7 +69,7 @@ def test_alignment_of_perfect_predictions_is_zero(case):
         assert int(count) == 3 + 2  # 4 tokens and 3 tokens; the padding sample has none
 
 
-def test_alignment_against_a_loop(case):
+def test_alignment_against_a_loop(case: tuple[Tokens, MergedTokens]) -> None:
     _, merged = case
     forward, backward = torch.randn(2, *merged.values.shape, dtype=torch.float64)
     got = alignment_losses(PriorOutput(merged.values, forward, backward), merged, VALID)
@@ -82,7 +83,7 @@ def test_alignment_against_a_loop(case):
     )
 
 
-def test_alignment_sends_no_gradient_to_what_it_predicts(case):
+def test_alignment_sends_no_gradient_to_what_it_predicts(case: tuple[Tokens, MergedTokens]) -> None:
     _, merged = case
     merged = replace(merged, values=merged.values.clone().requires_grad_())
     prediction = torch.randn_like(merged.values, requires_grad=True)
@@ -94,13 +95,13 @@ def test_alignment_sends_no_gradient_to_what_it_predicts(case):
     assert prediction.grad.abs().sum() > 0
 
 
-def test_alignment_without_predictions_is_zero(case):
+def test_alignment_without_predictions_is_zero(case: tuple[Tokens, MergedTokens]) -> None:
     _, merged = case
     for total, count in alignment_losses(PriorOutput(merged.values), merged, VALID):
         assert float(global_mean(total, count)) == 0.0
 
 
-def test_relative_error_by_hand():
+def test_relative_error_by_hand() -> None:
     values = torch.tensor([[[3.0, 0.0], [1.0, 0.0], [9.0, 9.0]]])
     mask = torch.tensor([[True, True, False]])
     tokens = Tokens(values, mask, torch.zeros(1, 3, 1, dtype=torch.long))
@@ -124,7 +125,7 @@ def test_relative_error_by_hand():
     assert relative_error(tokens, dropped).tolist() == pytest.approx([0.2])
 
 
-def test_fidelity_is_idle_above_gamma_and_skips_padding_samples(case):
+def test_fidelity_is_idle_above_gamma_and_skips_padding_samples(case: tuple[Tokens, MergedTokens]) -> None:
     tokens, merged = case
     total, count = fidelity_loss(tokens, merged, 0.8, VALID)
     want = (relative_error(tokens, merged)[:2] - 0.04).relu().sum()
@@ -133,7 +134,7 @@ def test_fidelity_is_idle_above_gamma_and_skips_padding_samples(case):
     assert float(fidelity_loss(tokens, merged, 0.0, VALID)[0]) == 0.0  # nothing must survive
 
 
-def test_fidelity_pulls_merged_tokens_towards_their_members(case):
+def test_fidelity_pulls_merged_tokens_towards_their_members(case: tuple[Tokens, MergedTokens]) -> None:
     tokens, merged = case
     merged = replace(merged, values=torch.zeros_like(merged.values).requires_grad_())
     fidelity_loss(tokens, merged, 0.8, VALID)[0].backward()
@@ -142,7 +143,7 @@ def test_fidelity_pulls_merged_tokens_towards_their_members(case):
     assert merged.values.grad[2].abs().sum() == 0
 
 
-def test_collapse_variance(case):
+def test_collapse_variance(case: tuple[Tokens, MergedTokens]) -> None:
     _, merged = case
     sample = [merged.values[0].float(), merged.values[1, :3].float()]
     squares = sum((x - x.mean(0)).square().sum(0) for x in sample)
@@ -151,7 +152,7 @@ def test_collapse_variance(case):
     assert float(collapse_variance(constant, VALID)) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_global_mean_of_nothing_is_zero_with_gradient():
+def test_global_mean_of_nothing_is_zero_with_gradient() -> None:
     total = torch.zeros((), requires_grad=True)
     mean = global_mean(total, torch.zeros((), dtype=torch.long))
     mean.backward()

@@ -1,7 +1,11 @@
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torchmetrics import Metric
 
 from qm_lightning.errors import UserError
 from qm_lightning.metrics import (
@@ -23,20 +27,20 @@ from qm_lightning.tokens import MergedTokens
 ALL = torch.tensor([True, True, True])
 
 
-def feed(metric, *batches):
+def feed(metric: Metric, *batches: Any) -> float:
     for batch in batches:
         metric.update(*batch)
     return float(metric.compute())
 
 
-def sure_logits(tokens, probability, vocab=5):
+def sure_logits(tokens: Tensor, probability: float, vocab: int = 5) -> Tensor:
     """Logits that give ``tokens`` this probability each."""
     rest = (1 - probability) / (vocab - 1)
     p = torch.full((*tokens.shape, vocab), rest)
     return p.scatter(-1, tokens.clamp(min=0).unsqueeze(-1), probability).log()
 
 
-def test_likelihood_is_per_token_over_uneven_batches():
+def test_likelihood_is_per_token_over_uneven_batches() -> None:
     first = torch.tensor([[0, 1, 2], [3, -100, -100], [4, 4, 4]])
     second = torch.tensor([[1]])
     batches = [
@@ -49,7 +53,7 @@ def test_likelihood_is_per_token_over_uneven_batches():
     assert feed(Perplexity(), *batches) == pytest.approx(math.exp(nats), rel=1e-5)
 
 
-def test_accuracy_of_tokens_and_of_whole_sequences():
+def test_accuracy_of_tokens_and_of_whole_sequences() -> None:
     targets = torch.tensor([[0, 1, 2], [3, 4, -100], [4, 4, 4]])
     said = torch.tensor([[0, 1, 3], [3, 4, 0], [0, 0, 0]])
     batch = (sure_logits(said, 0.9), targets, torch.tensor([True, True, False]))
@@ -57,7 +61,7 @@ def test_accuracy_of_tokens_and_of_whole_sequences():
     assert feed(ExactMatch(), batch) == pytest.approx(1 / 2)
 
 
-def test_exact_match_is_that_of_free_greedy_generation():
+def test_exact_match_is_that_of_free_greedy_generation() -> None:
     torch.manual_seed(0)
     prior = ARPrior(12, 4, dim=32, depth=1, heads=2).eval()
     torch.nn.init.normal_(prior.head.weight, std=1.0)
@@ -72,12 +76,12 @@ def test_exact_match_is_that_of_free_greedy_generation():
     assert float(metric.compute()) == float((written == targets).all(1).float().mean()) == 0.5
 
 
-def test_compression_is_a_ratio_of_sums():
+def test_compression_is_a_ratio_of_sums() -> None:
     batch = (torch.tensor([10, 100, 7]), torch.tensor([10, 20, 1]), torch.tensor([True, True, False]))
     assert feed(Compression(), batch) == pytest.approx(110 / 30)
 
 
-def test_tokens_kept_mean_and_percentiles():
+def test_tokens_kept_mean_and_percentiles() -> None:
     kept = torch.arange(1, 21)
     some = torch.ones(20, dtype=torch.bool)
     some[-1] = False
@@ -87,7 +91,7 @@ def test_tokens_kept_mean_and_percentiles():
         assert feed(TokensKeptPercentile(share), (kept, torch.ones(20, dtype=torch.bool))) == want
 
 
-def test_percentiles_agree_with_numpy_on_random_counts():
+def test_percentiles_agree_with_numpy_on_random_counts() -> None:
     import numpy as np
 
     counts = torch.randint(1, 300, (997,), generator=torch.Generator().manual_seed(0))
@@ -97,7 +101,7 @@ def test_percentiles_agree_with_numpy_on_random_counts():
         assert got == want
 
 
-def test_more_tokens_than_bins_go_to_the_last_one():
+def test_more_tokens_than_bins_go_to_the_last_one() -> None:
     batch = (torch.tensor([3, 500]), torch.tensor([True, True]))
     assert feed(TokensKeptPercentile(0.95, max_tokens=10), batch) == 10
     assert feed(TokensKept(max_tokens=10), batch) == pytest.approx(251.5)
@@ -105,13 +109,13 @@ def test_more_tokens_than_bins_go_to_the_last_one():
         TokensKeptPercentile(5)
 
 
-def test_relative_error_is_a_mean_over_samples():
+def test_relative_error_is_a_mean_over_samples() -> None:
     assert feed(
         RelativeError(), (torch.tensor([0.1, 0.3, 9.0]), torch.tensor([True, True, False]))
     ) == pytest.approx(0.2)
 
 
-def test_overlap_and_span_by_hand():
+def test_overlap_and_span_by_hand() -> None:
     assignment = torch.tensor(
         [
             [0, 0, 1, 1, 2, -1],  # contiguous: spans 2, 2, 1; no overlap in two pairs
@@ -125,7 +129,7 @@ def test_overlap_and_span_by_hand():
     assert feed(MeanSpan(), batch) == pytest.approx((2 + 2 + 1 + 3 + 4) / 5)
 
 
-def test_overlap_against_a_loop():
+def test_overlap_against_a_loop() -> None:
     draw = torch.Generator().manual_seed(3)
     assignment = torch.randint(-1, 5, (20, 16), generator=draw)
     assignment[:, :5] = torch.arange(5)  # no group is empty
@@ -134,13 +138,13 @@ def test_overlap_against_a_loop():
     for row in assignment.tolist():
         members = [[i for i, k in enumerate(row) if k == g] for g in range(5)]
         spans += [m[-1] - m[0] + 1 for m in members]
-        overlaps += [min(b) < max(a) for a, b in zip(members, members[1:], strict=False)]
+        overlaps += [min(b) < max(a) for a, b in itertools.pairwise(members)]
     valid = torch.ones(20, dtype=torch.bool)
     assert feed(OverlapRate(), (assignment, mask, valid)) == pytest.approx(sum(overlaps) / len(overlaps))
     assert feed(MeanSpan(), (assignment, mask, valid)) == pytest.approx(sum(spans) / len(spans))
 
 
-def test_one_group_has_no_overlap():
+def test_one_group_has_no_overlap() -> None:
     assert (
         feed(OverlapRate(), (torch.zeros(1, 4).long(), torch.tensor([[True]]), torch.tensor([True]))) == 0.0
     )

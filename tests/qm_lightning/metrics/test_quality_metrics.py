@@ -1,9 +1,13 @@
 """All metrics together, on one process and on two with uneven batches."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from qm_lightning.metrics import QualityMetrics
 from qm_lightning.priors import PriorOutput
@@ -12,7 +16,9 @@ from qm_lightning.tokens import MergedTokens, Tokens
 N, K, D, T, VOCAB = 9, 4, 6, 5, 7
 
 
-def make_batch(size, seed, valid=None):
+def make_batch(
+    size: int, seed: int, valid: Tensor | None = None
+) -> tuple[Tokens, MergedTokens, PriorOutput, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     values = torch.randn(size, N, D, generator=draw)
     assignment = torch.randint(-1, K, (size, N), generator=draw)
@@ -46,14 +52,14 @@ BATCHES = [
 ]
 
 
-def measured(batches):
+def measured(batches: Any) -> dict[str, Tensor]:
     metrics = QualityMetrics(max_tokens=16)
     for size, seed, valid in batches:
         metrics.update(*make_batch(size, seed, valid))
     return metrics.compute()
 
 
-def worker(rank, folder):
+def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     # Rank 1 has one batch more, and that one is all padding.
     values = measured(BATCHES[0] if rank == 0 else BATCHES[1] + BATCHES[2])
@@ -62,7 +68,7 @@ def worker(rank, folder):
 
 
 @pytest.mark.distributed
-def test_two_ranks_with_uneven_batches_equal_one(tmp_path):
+def test_two_ranks_with_uneven_batches_equal_one(tmp_path: Path) -> None:
     mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
     want = measured([batch for rank in BATCHES for batch in rank])
     for rank in (0, 1):
@@ -72,7 +78,7 @@ def test_two_ranks_with_uneven_batches_equal_one(tmp_path):
             torch.testing.assert_close(value, want[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
-def test_names_are_group_and_name_and_values_are_scalars():
+def test_names_are_group_and_name_and_values_are_scalars() -> None:
     values = measured(BATCHES[0])
     assert {name.split("/")[0] for name in values} == {"quality", "tokens", "merged"}
     assert all(value.shape == () for value in values.values())
@@ -81,7 +87,7 @@ def test_names_are_group_and_name_and_values_are_scalars():
     )
 
 
-def test_reset_forgets():
+def test_reset_forgets() -> None:
     metrics = QualityMetrics(max_tokens=16)
     metrics.update(*make_batch(5, 0))
     first = metrics.compute()
@@ -93,5 +99,5 @@ def test_reset_forgets():
     assert metrics.compute() == first
 
 
-def test_states_stay_out_of_checkpoints():
+def test_states_stay_out_of_checkpoints() -> None:
     assert QualityMetrics().state_dict() == {}

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from prior_cases import from_parts, make_merged
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,12 +15,12 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
 @pytest.fixture
-def prior():
+def prior() -> ARPrior:
     torch.manual_seed(0)
     return ARPrior(WIDTH, VOCAB, dim=32, depth=2, heads=2).double()
 
 
-def make_targets(lengths, padding=0, seed=0):
+def make_targets(lengths: list[int], padding: int = 0, seed: int = 0) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     targets = torch.randint(0, VOCAB, (len(lengths), max(lengths) + padding), generator=draw)
     for b, length in enumerate(lengths):
@@ -28,14 +29,14 @@ def make_targets(lengths, padding=0, seed=0):
 
 
 @pytest.mark.parametrize("coordinates", [1, 2, 3])
-def test_shapes_for_every_modality_with_one_prior(prior, coordinates):
+def test_shapes_for_every_modality_with_one_prior(prior: ARPrior, coordinates: int) -> None:
     output = prior(make_merged([5, 3], coordinates=coordinates), make_targets([4, 2]))
     assert output.logits.shape == (2, 4, VOCAB)
     assert output.forward_prediction.shape == output.backward_prediction.shape == (2, 5, WIDTH)
 
 
 @pytest.mark.parametrize("padding", [1, 6])
-def test_padding_and_other_samples_change_nothing(prior, padding):
+def test_padding_and_other_samples_change_nothing(prior: ARPrior, padding: int) -> None:
     counts, lengths = [5, 3, 7], [4, 2, 1]
     targets = make_targets(lengths)
     merged = make_merged(counts, coordinates=2)
@@ -59,7 +60,7 @@ def test_padding_and_other_samples_change_nothing(prior, padding):
                 torch.testing.assert_close(got, want, **CLOSE)
 
 
-def test_padded_content_changes_no_bit(prior):
+def test_padded_content_changes_no_bit(prior: ARPrior) -> None:
     merged, targets = make_merged([5, 3], padding=2), make_targets([4, 2])
     junk = replace(merged, values=torch.where(merged.mask[..., None], merged.values, 1e3))
     other = targets.clone()
@@ -69,7 +70,7 @@ def test_padded_content_changes_no_bit(prior):
 
 
 @pytest.mark.parametrize("changed", range(5))
-def test_targets_after_t_do_not_reach_logit_t(prior, changed):
+def test_targets_after_t_do_not_reach_logit_t(prior: ARPrior, changed: int) -> None:
     merged, targets = make_merged([6]), make_targets([5])
     other = targets.clone()
     other[0, changed] = (other[0, changed] + 1) % VOCAB
@@ -80,7 +81,7 @@ def test_targets_after_t_do_not_reach_logit_t(prior, changed):
 
 
 @pytest.mark.parametrize("changed", [0, 2, 5])
-def test_alignment_sees_one_direction_only(prior, changed):
+def test_alignment_sees_one_direction_only(prior: ARPrior, changed: int) -> None:
     merged, targets = make_merged([6]), make_targets([5])
     values = merged.values.clone()
     values[0, changed] = values[0, changed].roll(1)
@@ -91,7 +92,7 @@ def test_alignment_sees_one_direction_only(prior, changed):
     assert moved.tolist() == [k <= changed for k in range(6)]
 
 
-def test_size_and_coordinates_are_read(prior):
+def test_size_and_coordinates_are_read(prior: ARPrior) -> None:
     merged, targets = make_merged([6], coordinates=2), make_targets([5])
     logits = prior(merged, targets).logits
     assert not torch.allclose(prior(replace(merged, size=merged.size.flip(1)), targets).logits, logits)
@@ -99,7 +100,7 @@ def test_size_and_coordinates_are_read(prior):
     assert not torch.allclose(prior(moved, targets).logits, logits)
 
 
-def test_alignment_is_computed_only_when_asked(prior):
+def test_alignment_is_computed_only_when_asked(prior: ARPrior) -> None:
     merged, targets = make_merged([6]), make_targets([5])
     asked, not_asked = prior(merged, targets), prior(merged, targets, align=False)
     assert not_asked.forward_prediction is None
@@ -113,7 +114,7 @@ def test_alignment_is_computed_only_when_asked(prior):
     )
 
 
-def test_gradients_reach_every_parameter_and_the_merged_tokens(prior):
+def test_gradients_reach_every_parameter_and_the_merged_tokens(prior: ARPrior) -> None:
     merged = make_merged([6, 4])
     merged = replace(merged, values=merged.values.requires_grad_())
     output = prior(merged, make_targets([5, 3]))
@@ -125,7 +126,7 @@ def test_gradients_reach_every_parameter_and_the_merged_tokens(prior):
     assert (merged.values.grad.abs().sum(-1) > 0).equal(merged.mask)
 
 
-def test_it_learns_to_read_its_context():
+def test_it_learns_to_read_its_context() -> None:
     torch.manual_seed(0)
     prior = ARPrior(8, 6, dim=32, depth=1, heads=2, align=False)
     code = torch.randn(6, 8)
@@ -144,7 +145,7 @@ def test_it_learns_to_read_its_context():
 
 
 @pytest.mark.parametrize(("K", "T"), [(1, 1), (7, 4), (30, 9)])
-def test_flops_are_those_of_the_counter(prior, K, T):
+def test_flops_are_those_of_the_counter(prior: ARPrior, K: int, T: int) -> None:
     prior = prior.to("meta")
     merged = make_merged([K])
     merged = from_parts(*(t.to("meta") for t in (merged.values, merged.mask, merged.size, merged.positions)))
@@ -153,6 +154,6 @@ def test_flops_are_those_of_the_counter(prior, K, T):
     assert prior.flops(K, T) == counter.get_total_flops()
 
 
-def test_bad_sizes_are_refused():
+def test_bad_sizes_are_refused() -> None:
     with pytest.raises(UserError, match="vocab_size=0"):
         ARPrior(8, 0)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ VOCAB = 11
 
 
 @pytest.fixture
-def prior():
+def prior() -> ARPrior:
     torch.manual_seed(0)
     prior = ARPrior(12, VOCAB, dim=32, depth=2, heads=2).double().eval()
     # Far from uniform, so that greedy choices are no near-ties.
@@ -20,13 +21,13 @@ def prior():
     return prior
 
 
-def seeded(seed=0):
+def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("coordinates", [1, 2, 3])
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (0.7, 0.8)])
-def test_cache_changes_no_token(prior, coordinates, temperature, top_p):
+def test_cache_changes_no_token(prior: ARPrior, coordinates: int, temperature: float, top_p: float) -> None:
     merged = make_merged([6, 2, 4], coordinates=coordinates)
     settings = {"max_new_tokens": 12, "temperature": temperature, "top_p": top_p, "eos_id": 3}
     cached = prior.generate(merged, generator=seeded(), **settings)
@@ -34,14 +35,14 @@ def test_cache_changes_no_token(prior, coordinates, temperature, top_p):
     assert torch.equal(cached, whole)
 
 
-def test_greedy_generation_is_the_teacher_forced_argmax(prior):
+def test_greedy_generation_is_the_teacher_forced_argmax(prior: ARPrior) -> None:
     merged = make_merged([6, 2])
     tokens = prior.generate(merged, 9, temperature=0.0)
     assert tokens.shape == (2, 9)
     assert torch.equal(prior(merged, tokens).logits.argmax(-1), tokens)
 
 
-def test_rows_do_not_depend_on_each_other(prior):
+def test_rows_do_not_depend_on_each_other(prior: ARPrior) -> None:
     merged = make_merged([6, 2])
     tokens = prior.generate(merged, 9, temperature=0.0)
     for b, count in enumerate([6, 2]):
@@ -50,7 +51,7 @@ def test_rows_do_not_depend_on_each_other(prior):
         assert torch.equal(alone[0], tokens[b])
 
 
-def test_finished_rows_are_padded_and_all_finished_stops(prior):
+def test_finished_rows_are_padded_and_all_finished_stops(prior: ARPrior) -> None:
     merged = make_merged([6, 2, 4, 5])
     free = prior.generate(merged, 12, temperature=0.0)
     eos = int(free[0, 2])
@@ -68,7 +69,7 @@ def test_finished_rows_are_padded_and_all_finished_stops(prior):
     assert prior.generate(one, 12, temperature=0.0, eos_id=eos).shape == (1, first + 1)
 
 
-def test_stream_gives_the_same_tokens_one_by_one(prior):
+def test_stream_gives_the_same_tokens_one_by_one(prior: ARPrior) -> None:
     merged = make_merged([6, 2])
     stream = prior.stream(merged, 5, generator=seeded(4))
     first = next(stream)
@@ -77,14 +78,14 @@ def test_stream_gives_the_same_tokens_one_by_one(prior):
     assert torch.equal(rest, prior.generate(merged, 5, generator=seeded(4)))
 
 
-def test_seed_decides(prior):
+def test_seed_decides(prior: ARPrior) -> None:
     merged = make_merged([6, 2])
     a, b, c = (prior.generate(merged, 20, generator=seeded(s)) for s in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 
 
-def test_cache_bytes_fall_by_the_compression(prior):
+def test_cache_bytes_fall_by_the_compression(prior: ARPrior) -> None:
     long, short = prior.trunk.new_cache(2, 2048), prior.trunk.new_cache(2, 1024)
     assert long.nbytes == 2 * short.nbytes
     assert (
@@ -92,7 +93,7 @@ def test_cache_bytes_fall_by_the_compression(prior):
     )  # keys and values, layers, samples, heads, tokens, d, fp64
 
 
-def test_sampling_follows_the_distribution():
+def test_sampling_follows_the_distribution() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(40_000, 4)
     for temperature in (0.5, 1.0, 2.0):
         drawn = next_token(logits, temperature, 1.0, seeded())
@@ -100,7 +101,7 @@ def test_sampling_follows_the_distribution():
         torch.testing.assert_close(share, (logits[0] / temperature).softmax(-1), rtol=0, atol=0.01)
 
 
-def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
+def test_nucleus_keeps_the_smallest_set_that_reaches_top_p() -> None:
     logits = torch.tensor([[0.15, 0.5, 0.3, 0.05]]).log().expand(4000, 4)
     assert set(next_token(logits, 1.0, 0.5, seeded()).tolist()) == {1}
     assert set(next_token(logits, 1.0, 0.51, seeded()).tolist()) == {1, 2}
@@ -118,19 +119,19 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ],
 )
-def test_bad_settings_are_refused(prior, settings, message):
+def test_bad_settings_are_refused(prior: ARPrior, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         prior.generate(make_merged([3]), **{"max_new_tokens": 4, **settings})
 
 
-def test_not_finite_logits_are_refused(prior):
+def test_not_finite_logits_are_refused(prior: ARPrior) -> None:
     merged = make_merged([3])
     broken = replace(merged, values=merged.values * float("nan"))
     with pytest.raises(UserError, match="not finite"):
         prior.generate(broken, 4)
 
 
-def test_empty_prompt_is_refused(prior):
+def test_empty_prompt_is_refused(prior: ARPrior) -> None:
     merged = make_merged([3, 2])
     empty = replace(merged, mask=merged.mask & torch.tensor([[True], [False]]))
     with pytest.raises(UserError, match="prompt of a sample is empty"):

@@ -1,5 +1,8 @@
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qm_lightning.errors import UserError
@@ -9,7 +12,7 @@ from qm_lightning.priors.transformer import CausalAttention, CausalTransformer, 
 DIM, HEADS = 32, 2
 
 
-def reference(attention, x, positions, size, mask):
+def reference(attention: CausalAttention, x: Tensor, positions: Tensor, size: Tensor, mask: Tensor) -> Tensor:
     """Explicit scores with an additive mask."""
     query, key, value = attention.project_in(x).split(attention.split, dim=-1)
     query, key, value = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (query, key, value))
@@ -22,7 +25,7 @@ def reference(attention, x, positions, size, mask):
     return attention.project_out((weights @ value).transpose(1, 2).flatten(2))
 
 
-def inputs(B=3, S=9):
+def inputs(B: int = 3, S: int = 9) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = torch.randn(B, S, DIM, dtype=torch.float64)
     positions = torch.randint(0, 20, (B, S, 3))
     size = torch.randint(1, 40, (B, S)).double()
@@ -33,7 +36,7 @@ def inputs(B=3, S=9):
 
 
 @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
-def test_bias_channels_equal_an_additive_mask(backend):
+def test_bias_channels_equal_an_additive_mask(backend: SDPBackend) -> None:
     torch.manual_seed(0)
     attention = CausalAttention(DIM, HEADS).double()
     x, positions, size, mask = inputs()
@@ -44,7 +47,7 @@ def test_bias_channels_equal_an_additive_mask(backend):
     torch.testing.assert_close(got[mask], want[mask], rtol=1e-12, atol=1e-12)
 
 
-def test_a_key_of_size_two_is_two_equal_keys():
+def test_a_key_of_size_two_is_two_equal_keys() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 5, DIM, dtype=torch.float64)
     positions = torch.arange(5)[None, :, None].expand(1, 5, 3)
@@ -58,7 +61,7 @@ def test_a_key_of_size_two_is_two_equal_keys():
     torch.testing.assert_close(merged[:, 2:], doubled[:, 3:], rtol=1e-12, atol=1e-12)
 
 
-def test_two_bf16_channels_hold_a_bias_that_one_cannot():
+def test_two_bf16_channels_hold_a_bias_that_one_cannot() -> None:
     bias = torch.arange(1, 5000, 7).float().log()[None]
     one = (bias.bfloat16().float() - bias).abs().max()
     two = (bias_channels(bias, torch.bfloat16).float().sum(-1)[:, 0] - bias).abs().max()
@@ -67,7 +70,7 @@ def test_two_bf16_channels_hold_a_bias_that_one_cannot():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_padded_keys_weigh_nothing_in_narrow_dtypes(dtype):
+def test_padded_keys_weigh_nothing_in_narrow_dtypes(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     attention = CausalAttention(DIM, HEADS).to(dtype)
     x, positions, size, mask = inputs()
@@ -90,6 +93,6 @@ def test_padded_keys_weigh_nothing_in_narrow_dtypes(dtype):
         ({"dim": 32, "depth": 1, "heads": 2, "dropout": 1.0}, "dropout=1.0"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(arguments, message):
+def test_sizes_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         CausalTransformer(**arguments)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import Tensor
 
 from qm_lightning.priors.rope import rotary_tables, rotate, to_three_axes
 
@@ -7,12 +8,12 @@ BASE = 10_000.0
 NOTHING = torch.zeros(0, dtype=torch.float64)
 
 
-def turned(x, positions):
+def turned(x: Tensor, positions: Tensor) -> Tensor:
     cos, sin = rotary_tables(positions, x.shape[-1] // 2, BASE, torch.float64)
     return rotate(x, cos, sin, NOTHING)
 
 
-def test_every_modality_gets_three_axes():
+def test_every_modality_gets_three_axes() -> None:
     text, image, video = torch.tensor([[[7]]]), torch.tensor([[[2, 3]]]), torch.tensor([[[4, 5, 6]]])
     assert to_three_axes(text).tolist() == [[[7, 7, 7]]]
     assert to_three_axes(image).tolist() == [[[0, 2, 3]]]
@@ -21,7 +22,7 @@ def test_every_modality_gets_three_axes():
         to_three_axes(torch.zeros(1, 1, 4, dtype=torch.long))
 
 
-def test_text_is_plain_rope():
+def test_text_is_plain_rope() -> None:
     x = torch.randn(2, 3, 5, 14, dtype=torch.float64)
     index = torch.randint(0, 5000, (2, 5))
     got = turned(x, to_three_axes(index.unsqueeze(-1)))
@@ -32,7 +33,7 @@ def test_text_is_plain_rope():
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_each_axis_turns_every_third_frequency_only(axis):
+def test_each_axis_turns_every_third_frequency_only(axis: int) -> None:
     x = torch.randn(1, 1, 1, 14, dtype=torch.float64)
     here = torch.tensor([[[3, 4, 5]]])
     there = here.clone()
@@ -41,7 +42,7 @@ def test_each_axis_turns_every_third_frequency_only(axis):
     assert moved.tolist() == [i % 3 == axis for i in range(7)]
 
 
-def test_scores_depend_on_distances_only():
+def test_scores_depend_on_distances_only() -> None:
     query, key = torch.randn(2, 1, 2, 6, 14, dtype=torch.float64).unbind(0)
     positions = torch.randint(0, 50, (1, 6, 3))
     near = turned(query, positions) @ turned(key, positions).mT
