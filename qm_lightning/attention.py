@@ -6,8 +6,8 @@ For row i with scores z_ij (scaled dot products, plus a bias if there is one), w
     without a bias: sum_j A_ij z_ij = scale * q_i . (sum_j A_ij k_j)
 
 so a fused kernel that also returns the log-sum-exp gives the entropy in one more pass, with the keys in the
-place of the values. Where no such kernel fits (a bias, received attention, other devices) the scores are walked
-through in blocks of queries: the same numbers, memory O(block * N).
+place of the values. Where no such kernel fits (a bias, received attention, other devices) the scores are
+walked through in blocks of queries: the same numbers, memory O(block * N).
 """
 
 from __future__ import annotations

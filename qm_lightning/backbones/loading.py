@@ -1,0 +1,174 @@
+"""Loads the encoder of a Hugging Face model from a folder or the cache, safely, with clear errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file, logging
+
+from qm_lightning.backbones.recording import IMPLEMENTATION
+from qm_lightning.errors import UserError
+
+# Heads that AutoModel builds beside the encoder and last_hidden_state never passes through.
+_UNUSED_PARTS = {"pooler", "head"}
+
+
+def load_encoder(name_or_path: str, dtype: torch.dtype, download: bool) -> PreTrainedModel:
+    """Load the part of a model that encodes, with our attention function in it.
+
+    Of an encoder-decoder (T5) that is the encoder, of a model of two towers (CLIP, SigLIP) the vision tower.
+    Only safetensors are read and no code from the model's folder is run.
+
+    Args:
+        name_or_path: folder, or a model's name on the Hugging Face Hub.
+        dtype: of the weights.
+        download: whether the network may be used; otherwise a name is looked up in the local cache only.
+
+    Raises:
+        UserError: nothing there, unreadable or incomplete weights, or a family whose attention is unseen.
+    """
+    check_source(name_or_path)
+    options = {"local_files_only": not download, "trust_remote_code": False}
+    try:
+        with _quiet():
+            model, report = AutoModel.from_pretrained(
+                name_or_path,
+                attn_implementation=IMPLEMENTATION,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(_loading_failed(name_or_path, download, error)) from error
+    encoder = _encoder(model)
+    _check_dispatch(encoder, name_or_path)
+    _check_complete(model, encoder, set(report["missing_keys"]), name_or_path)
+    return encoder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' report of missing poolers: ``_check_complete`` says what matters."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def check_source(name_or_path: str) -> None:
+    """Raise UserError if ``name_or_path`` means a folder and none with a model is there."""
+    path = Path(name_or_path).expanduser()
+    means_folder = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(
+            f"backbone folder {name_or_path!r} has no config.json; expected a folder written by "
+            "save_pretrained; give the folder that holds config.json and model.safetensors"
+        )
+    if means_folder and not path.is_dir():
+        raise UserError(
+            f"backbone folder {name_or_path!r} does not exist; expected a folder written by save_pretrained; "
+            "check the path, or pre-train the demo's backbones first (make demo)"
+        )
+
+
+def _loading_failed(name_or_path: str, download: bool, error: Exception) -> str:
+    reason = str(error).strip().split("\n")[0]
+    if Path(name_or_path).expanduser().is_dir():
+        mend = "check the folder's files (only safetensors weights are read)"
+    elif download:
+        mend = "check the name and the network"
+    else:
+        mend = "give a folder that exists, or set download=true to fetch a model by its name"
+    return f"backbone {name_or_path!r} could not be loaded ({reason}); expected a Hugging Face model; {mend}"
+
+
+def _encoder(model: PreTrainedModel) -> PreTrainedModel:
+    config = model.config
+    if hasattr(config, "vision_config"):
+        tower = getattr(model, "vision_model", None)
+        if not isinstance(tower, PreTrainedModel):
+            raise UserError(
+                f"{type(model).__name__} joins pictures and text inside one model; expected an encoder of "
+                "one modality, or a model with a vision tower of its own (CLIP, SigLIP); choose its encoder"
+            )
+        return tower
+    if getattr(config, "is_encoder_decoder", False):
+        encoder = model.get_encoder()
+        if not isinstance(encoder, PreTrainedModel):
+            raise UserError(f"{type(model).__name__} has no separate encoder; choose an encoder or a decoder")
+        return encoder
+    return model
+
+
+def _check_dispatch(encoder: PreTrainedModel, name_or_path: str) -> None:
+    """Families that call no attention function of the registry never import it."""
+    source = sys.modules[type(encoder).__module__]
+    if not hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
+        raise unseen(encoder.config, name_or_path)
+
+
+def unseen(config: PretrainedConfig, name_or_path: str) -> UserError:
+    """The error for a family whose attention does not pass through the registry."""
+    return UserError(
+        f"the attention of {name_or_path!r} (family {config.model_type}) cannot be seen: it does not go "
+        "through transformers' attention registry; expected a family that does (BERT, Llama, Qwen, T5, ViT, "
+        "DINOv2, DINOv3, CLIP, SigLIP, VideoMAE, ViViT, ...); choose another backbone"
+    )
+
+
+def _check_complete(
+    model: PreTrainedModel, encoder: PreTrainedModel, missing: set[str], name_or_path: str
+) -> None:
+    used = {id(parameter) for parameter in encoder.parameters()}
+    lost = sorted(
+        name
+        for name, parameter in model.named_parameters()
+        if name in missing and id(parameter) in used and not _UNUSED_PARTS & set(name.split("."))
+    )
+    if lost:
+        raise UserError(
+            f"backbone {name_or_path!r} lacks {len(lost)} weights (first: {lost[0]}), which would be random; "
+            "expected a complete checkpoint; save it again with save_pretrained"
+        )
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of the weights that tokens depend on, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if _UNUSED_PARTS & set(name.split(".")):
+            continue  # absent from many checkpoints, and then random
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_json(name_or_path: str, filename: str, download: bool) -> dict[str, Any] | None:
+    """Read a JSON file from a model's folder or cache; ``None`` if it has none."""
+    try:
+        path = cached_file(
+            name_or_path,
+            filename,
+            local_files_only=not download,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:
+        path = None
+    if path is None:
+        return None
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else None
