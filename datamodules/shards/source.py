@@ -1,0 +1,63 @@
+"""A split's shards as the stream sees them: names, sizes, identity, and where their files lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from datamodules.errors import DataError
+from datamodules.shards.manifest import MANIFEST_NAME, Manifest
+from datamodules.shards.reader import ShardFile
+
+
+@dataclass(frozen=True)
+class Source:
+    """The shards of one split.
+
+    Attributes:
+        root: directory or URL.
+        shards: in manifest order.
+        locate: local path of a file by name; fetches it first if the root is a URL. Picklable.
+        fingerprint: identity of the shards.
+        fields: fields that every sample has.
+    """
+
+    root: str
+    shards: tuple[ShardFile, ...]
+    locate: Callable[[str], Path]
+    fingerprint: str
+    fields: frozenset[str]
+
+    @property
+    def total(self) -> int:
+        """Samples."""
+        return sum(s.samples for s in self.shards)
+
+    def require(self, fields: Sequence[str]) -> None:
+        """See that every sample has some fields.
+
+        Raises:
+            DataError: a shard lacks one.
+        """
+        if missing := [f for f in fields if f not in self.fields]:
+            raise DataError(
+                f"the samples in {self.root} lack {', '.join(missing)}, found {', '.join(sorted(self.fields))}: "
+                "prepare the shards with these fields"
+            )
+
+    @classmethod
+    def open(cls, root: str, cache_dir: str | Path | None = None, cache_bytes: int | None = None) -> Source | None:
+        """Open a split; None if there is no manifest."""
+        if not (Path(root) / MANIFEST_NAME).is_file():
+            return None
+        manifest = Manifest.load(Path(root))
+        shards = tuple(ShardFile(s.name, s.samples, s.bytes) for s in manifest.shards)
+        fields = [frozenset(s.fields) for s in manifest.shards if s.samples]
+        common = frozenset.intersection(*fields) if fields else frozenset()
+        return cls(root, shards, partial(_local, root), manifest.fingerprint, common)
+
+
+def _local(root: str, name: str) -> Path:
+    return Path(root) / name
