@@ -18,7 +18,7 @@ from qm_lightning.backbones.layout import (
     grid_positions,
     patch_grid,
 )
-from qm_lightning.backbones.loading import load_encoder, read_json, unseen, weights_fingerprint
+from qm_lightning.backbones.loading import find_source, load_encoder, read_json, unseen, weights_fingerprint
 from qm_lightning.backbones.recording import Record, recording
 from qm_lightning.errors import UserError
 from qm_lightning.tokens import AttentionStats, Tokens
@@ -67,7 +67,7 @@ class HFBackbone(nn.Module):
         super().__init__()
         if special_tokens not in ("drop", "protect"):
             raise UserError(f"special_tokens={special_tokens!r}; expected 'drop' or 'protect'; change it")
-        self.name_or_path = str(name_or_path)
+        self.name_or_path = find_source(str(name_or_path))
         self.received = received
         self.special_tokens = special_tokens
         self.download = download

@@ -29,14 +29,13 @@ def load_encoder(name_or_path: str, dtype: torch.dtype, download: bool) -> PreTr
     Only safetensors are read and no code from the model's folder is run.
 
     Args:
-        name_or_path: folder, or a model's name on the Hugging Face Hub.
+        name_or_path: folder, or a model's name on the Hugging Face Hub, as ``find_source`` gives it.
         dtype: of the weights.
         download: whether the network may be used; otherwise a name is looked up in the local cache only.
 
     Raises:
         UserError: nothing there, unreadable or incomplete weights, or a family whose attention is unseen.
     """
-    check_source(name_or_path)
     options = {"local_files_only": not download, "trust_remote_code": False}
     try:
         with _quiet():
@@ -67,8 +66,12 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def check_source(name_or_path: str) -> None:
-    """Raise UserError if ``name_or_path`` means a folder and none with a model is there."""
+def find_source(name_or_path: str) -> str:
+    """The folder, or the model's name if ``name_or_path`` cannot mean a folder.
+
+    Raises:
+        UserError: it means a folder, and there is none with a model.
+    """
     path = Path(name_or_path).expanduser()
     means_folder = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
     if path.is_dir() and not (path / "config.json").is_file():
@@ -81,6 +84,7 @@ def check_source(name_or_path: str) -> None:
             f"backbone folder {name_or_path!r} does not exist; expected a folder written by save_pretrained; "
             "check the path, or pre-train the demo's backbones first (make demo)"
         )
+    return str(path) if path.is_dir() else name_or_path
 
 
 def _loading_failed(name_or_path: str, download: bool, error: Exception) -> str:
@@ -104,7 +108,8 @@ def _encoder(model: PreTrainedModel) -> PreTrainedModel:
                 "one modality, or a model with a vision tower of its own (CLIP, SigLIP); choose its encoder"
             )
         return tower
-    if getattr(config, "is_encoder_decoder", False):
+    # T5EncoderModel saves a config without is_encoder_decoder, and AutoModel still makes both halves of it.
+    if hasattr(model, "encoder") and hasattr(model, "decoder"):
         encoder = model.get_encoder()
         if not isinstance(encoder, PreTrainedModel):
             raise UserError(f"{type(model).__name__} has no separate encoder; choose an encoder or a decoder")

@@ -89,8 +89,8 @@ def _attend(
     )
     if layer in record.stats:
         raise UserError(
-            f"layer {layer} of this model attends more than once in a forward call ({type(module).__name__}), "
-            "so its statistics are ambiguous; expected one attention per layer; choose a model whose layers "
+            f"layer {layer} of this model attends more than once in a call ({type(module).__name__}), so its "
+            " statistics are ambiguous; expected one attention per layer; choose a model whose layers "
             "share no weights and do not attend across two sequences"
         )
     record.stats[layer] = stats
