@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
@@ -38,7 +40,7 @@ def load_encoder(name_or_path: str, dtype: torch.dtype, download: bool) -> PreTr
     """
     options = {"local_files_only": not download, "trust_remote_code": False}
     try:
-        with _quiet():
+        with _quiet(), _network(download):
             model, report = AutoModel.from_pretrained(
                 name_or_path,
                 attn_implementation=IMPLEMENTATION,
@@ -47,10 +49,11 @@ def load_encoder(name_or_path: str, dtype: torch.dtype, download: bool) -> PreTr
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(_loading_failed(name_or_path, download, error)) from error
     encoder = _encoder(model)
     _check_dispatch(encoder, name_or_path)
+    _check_plain(encoder, name_or_path)
     _check_complete(model, encoder, set(report["missing_keys"]), name_or_path)
     return encoder
 
@@ -64,6 +67,17 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+@contextmanager
+def _network(allowed: bool) -> Iterator[None]:
+    """Keep off the network unless ``allowed``: with local_files_only alone huggingface_hub still calls home."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not allowed
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def find_source(name_or_path: str) -> str:
@@ -124,6 +138,18 @@ def _check_dispatch(encoder: PreTrainedModel, name_or_path: str) -> None:
         raise unseen(encoder.config, name_or_path)
 
 
+def _check_plain(encoder: PreTrainedModel, name_or_path: str) -> None:
+    config = encoder.config
+    sizes = [
+        getattr(config, name, None) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    ]
+    if not all(isinstance(size, int) for size in sizes):
+        raise UserError(
+            f"{name_or_path!r} (family {config.model_type}) changes its width or heads from stage to stage; "
+            "expected a plain transformer with one token per patch or word; choose another backbone"
+        )
+
+
 def unseen(config: PretrainedConfig, name_or_path: str) -> UserError:
     """The error for a family whose attention does not pass through the registry."""
     return UserError(
@@ -164,16 +190,9 @@ def weights_fingerprint(module: nn.Module) -> str:
 def read_json(name_or_path: str, filename: str, download: bool) -> dict[str, Any] | None:
     """Read a JSON file from a model's folder or cache; ``None`` if it has none."""
     try:
-        path = cached_file(
-            name_or_path,
-            filename,
-            local_files_only=not download,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        with _network(download):
+            path = cached_file(name_or_path, filename, local_files_only=not download)
     except OSError:
-        path = None
-    if path is None:
         return None
     content = json.loads(Path(path).read_text(encoding="utf-8"))
     return content if isinstance(content, dict) else None

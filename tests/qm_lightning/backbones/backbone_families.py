@@ -41,7 +41,13 @@ def _t5() -> hf.PreTrainedModel:
 
 def _modernbert() -> hf.PreTrainedModel:
     config = hf.ModernBertConfig(
-        **TEXT, local_attention=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
+        **TEXT,
+        local_attention=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
     )
     return hf.ModernBertModel(config)
 

@@ -25,7 +25,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def plain(folder: Path, implementation: str, inputs: dict[str, Tensor]) -> Any:
     """The model without this project: transformers alone."""
-    model = hf.AutoModel.from_pretrained(folder, attn_implementation=implementation, dtype=torch.float32).eval()
+    model = hf.AutoModel.from_pretrained(
+        folder, attn_implementation=implementation, dtype=torch.float32
+    ).eval()
     if hasattr(model, "vision_model"):
         model = model.vision_model
     elif folder.name == "t5":
