@@ -1,0 +1,102 @@
+"""`index.json`: which shards make up a split, how many samples each has, and what identifies them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from datamodules.errors import DataError
+from datamodules.shards.files import write_atomic
+
+MANIFEST_NAME = "index.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard.
+
+    Attributes:
+        name: file name in the split's folder.
+        samples: number of samples.
+        bytes: size of the file.
+        sha256: checksum, or None if it was not taken.
+        fields: fields that every sample of the shard has.
+    """
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str | None
+    fields: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The shards of a split, in order.
+
+    Attributes:
+        shards: the shards that are read.
+        excluded: (name, reason) of damaged shards that the user accepted to leave out.
+    """
+
+    shards: tuple[ShardEntry, ...]
+    excluded: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Samples."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity: a hash of name, samples and checksum (or bytes) of every shard, in order."""
+        parts = [(s.name, s.samples, s.sha256 or s.bytes) for s in self.shards]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def save(self, root: Path) -> None:
+        """Write `index.json`, atomically and last of all."""
+        content = {
+            "version": VERSION,
+            "total": self.total,
+            "fingerprint": self.fingerprint,
+            "shards": [asdict(shard) for shard in self.shards],
+            "excluded": [{"name": name, "reason": reason} for name, reason in self.excluded],
+        }
+        write_atomic(root / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, root: Path) -> Manifest:
+        """Read `index.json`.
+
+        Raises:
+            DataError: no folder, no shards, no manifest, or one of another version.
+        """
+        path = root / MANIFEST_NAME
+        if not root.is_dir():
+            raise DataError(f"the shard folder {root} does not exist; make shards with python -m datamodules prepare")
+        if not path.is_file():
+            found = len(list(root.glob("*.tar")))
+            cure = "index" if found else "prepare"
+            raise DataError(
+                f"{root} has {found} shards and no {MANIFEST_NAME}; make it with: python -m datamodules {cure}"
+                + (f" {root}" if found else "")
+            )
+        try:
+            content = json.loads(path.read_text())
+            if content["version"] != VERSION:
+                raise DataError(
+                    f"{path} has version {content['version']}, expected {VERSION}; "
+                    f"make it anew with: python -m datamodules index {root}"
+                )
+            shards = tuple(ShardEntry(**{**s, "fields": tuple(s["fields"])}) for s in content["shards"])
+            excluded = tuple((e["name"], e["reason"]) for e in content["excluded"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path} cannot be read ({error!r}); make it anew with: python -m datamodules index {root}"
+            ) from error
+        if not sum(shard.samples for shard in shards):
+            raise DataError(f"{path} lists no samples; make shards with python -m datamodules prepare")
+        return cls(shards, excluded)
