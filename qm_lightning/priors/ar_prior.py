@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qm_lightning.errors import UserError
 from qm_lightning.priors.rope import AXES, to_three_axes
-from qm_lightning.priors.sampling import check_sampling, next_token
+from qm_lightning.priors.sampling import check_sampling, finite, next_token
 from qm_lightning.priors.transformer import CausalTransformer, key_bias
 from qm_lightning.tokens import MergedTokens
 
@@ -33,6 +33,19 @@ class PriorOutput:
     logits: Tensor
     forward_prediction: Tensor | None = None
     backward_prediction: Tensor | None = None
+
+    def log_likelihood(self, targets: Tensor) -> Tensor:
+        """Log-probability of each target token, in nats.
+
+        Args:
+            targets: [B,T] long, -100 = padding.
+
+        Returns:
+            [B,T] float <= 0, zero for padding; in fp32 at least.
+        """
+        logits = self.logits if self.logits.dtype.itemsize >= 4 else self.logits.float()
+        chosen = logits.log_softmax(dim=-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return chosen.masked_fill(targets == -100, 0.0)
 
 
 @dataclass(frozen=True)
@@ -220,7 +233,9 @@ class ARPrior(nn.Module):
         cache = self.trunk.new_cache(finished.shape[0], capacity) if use_cache else None
         for step in range(max_new_tokens):
             logits = self.head(self.trunk(*sequence, cache)[:, -1])
-            token = next_token(_finite(logits), temperature, top_p, generator)
+            if cache is not None:
+                cache.advance(sequence[0].shape[1])
+            token = next_token(finite(logits), temperature, top_p, generator)
             if eos_id is not None:
                 token = token.masked_fill(finished, eos_id)
                 finished = finished | (token == eos_id)
@@ -243,12 +258,3 @@ class ARPrior(nn.Module):
         dim = self.trunk.dim
         ends = 2 * dim * (merged_tokens * self.input_dim + target_tokens * self.vocab_size)
         return ends + self.trunk.flops(merged_tokens + target_tokens)
-
-
-def _finite(logits: Tensor) -> Tensor:
-    if not bool(torch.isfinite(logits).all()):
-        raise UserError(
-            "the prior's logits are not finite; expected numbers; the weights diverged in training or the "
-            "input holds NaN: use an earlier checkpoint, or look at the input"
-        )
-    return logits

@@ -44,3 +44,17 @@ def next_token(logits: Tensor, temperature: float, top_p: float, generator: torc
         outside = ranked.cumsum(dim=-1) - ranked >= top_p
         probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked.masked_fill(outside, 0.0))
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def finite(logits: Tensor) -> Tensor:
+    """The logits themselves, if they can be sampled from.
+
+    Raises:
+        UserError: some are not finite.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError(
+            "the prior's logits are not finite; expected numbers; the weights diverged in training or the "
+            "input holds NaN: use an earlier checkpoint, or look at the input"
+        )
+    return logits

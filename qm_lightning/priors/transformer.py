@@ -91,9 +91,52 @@ class CausalAttention(nn.Module):
         key = rotate(key, *tables, bias_channels(bias, value.dtype))
         if cache is not None:
             key, value = cache.extend(layer, key, value)
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=x.shape[1] > 1, scale=1.0)
+        out = self.attend(query, key, value)
         merged_heads: Tensor = self.project_out(out.transpose(1, 2).flatten(2))
         return merged_heads
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """All [B,heads,S,d]; scores are scaled and biased already. One query may follow many keys."""
+        return F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, scale=1.0)
+
+
+class WindowAttention(CausalAttention):
+    """Each token attends to itself and the ``window - 1`` tokens before it, in O(S window).
+
+    Args:
+        dim: width.
+        heads: number of heads.
+        window: tokens seen.
+    """
+
+    def __init__(self, dim: int, heads: int, window: int) -> None:
+        super().__init__(dim, heads)
+        self.window = window
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """A block of ``window`` queries sees its own keys and those of the block before it."""
+        batch, heads, tokens, channels = query.shape
+        width = self.window
+        tail = -tokens % width
+        query = F.pad(query, (0, 0, 0, tail))
+        value = F.pad(value, (0, 0, width, tail))
+        # The block before the first holds no tokens: zeros with the bias of padding.
+        before = F.pad(key.new_zeros(batch, heads, width, channels - 1), (0, 1), value=PADDED)
+        key = torch.cat([before, F.pad(key, (0, 0, 0, tail))], dim=2)
+
+        def blocks(x: Tensor) -> Tensor:
+            return x.reshape(batch, heads, -1, width, channels).transpose(1, 2)
+
+        def pairs(x: Tensor) -> Tensor:
+            return torch.cat([blocks(x)[:, :-1], blocks(x)[:, 1:]], dim=3).flatten(0, 1)
+
+        place = torch.arange(width, device=query.device)
+        distance = place[:, None] + width - torch.arange(2 * width, device=query.device)
+        seen = (distance >= 0) & (distance < width)
+        out = F.scaled_dot_product_attention(
+            blocks(query).flatten(0, 1), pairs(key), pairs(value), attn_mask=seen, scale=1.0
+        )
+        return out.reshape(batch, -1, heads, width, channels).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
 
 
 class SwiGLU(nn.Module):
@@ -120,17 +163,17 @@ class Block(nn.Module):
     """Attention and SwiGLU, each behind a LayerNorm and a residual.
 
     Args:
+        attention: of this block.
         dim: width.
-        heads: attention heads.
         depth: of the whole stack: the start of each branch is scaled so that the residual keeps its size.
         dropout: of each residual branch.
     """
 
-    def __init__(self, dim: int, heads: int, depth: int, dropout: float) -> None:
+    def __init__(self, attention: CausalAttention, dim: int, depth: int, dropout: float) -> None:
         super().__init__()
         # LayerNorm, not RMSNorm: on a CPU its backward is six times faster, and quality is the same.
         self.attention_norm = nn.LayerNorm(dim, bias=False)
-        self.attention = CausalAttention(dim, heads)
+        self.attention = attention
         self.mlp_norm = nn.LayerNorm(dim, bias=False)
         self.mlp = SwiGLU(dim, hidden_width(dim))
         self.dropout = nn.Dropout(dropout)
@@ -160,19 +203,30 @@ class CausalTransformer(nn.Module):
         heads: attention heads.
         dropout: of residual branches.
         rope_base: longest wavelength over 2 pi, in positions.
+        window: tokens that each token sees, itself included; ``None``: all before it.
 
     Raises:
         UserError: the sizes do not fit each other.
     """
 
     def __init__(
-        self, dim: int, depth: int, heads: int, dropout: float = 0.0, rope_base: float = 10_000.0
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        dropout: float = 0.0,
+        rope_base: float = 10_000.0,
+        window: int | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(dim, depth, heads, dropout)
+        _check_sizes(dim, depth, heads, dropout, window)
         self.dim, self.depth, self.heads = dim, depth, heads
-        self.rope_base = rope_base
-        self.blocks = nn.ModuleList(Block(dim, heads, depth, dropout) for _ in range(depth))
+        self.rope_base, self.window = rope_base, window
+
+        def attention() -> CausalAttention:
+            return CausalAttention(dim, heads) if window is None else WindowAttention(dim, heads, window)
+
+        self.blocks = nn.ModuleList(Block(attention(), dim, depth, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, bias=False)
         self.pairs = (dim // heads - BIAS_CHANNELS) // 2
 
@@ -183,7 +237,7 @@ class CausalTransformer(nn.Module):
             x: [B,S,dim] embeddings.
             positions: [B,S,3] long.
             bias: [B,S] what each token adds to its scores as a key (``key_bias``); the first must be valid.
-            cache: tokens read before; either empty, or S = 1. It is extended.
+            cache: tokens read before; either empty, or S = 1. It is written to; the caller advances it.
 
         Returns:
             [B,S,dim] normalised hidden states; row s depends on tokens up to s only.
@@ -191,8 +245,6 @@ class CausalTransformer(nn.Module):
         tables = rotary_tables(positions, self.pairs, self.rope_base, self.norm.weight.dtype)
         for layer, block in enumerate(self.blocks):
             x = block(x, tables, bias, cache, layer)
-        if cache is not None:
-            cache.advance(x.shape[1])
         out: Tensor = self.norm(x)
         return out
 
@@ -204,21 +256,24 @@ class CausalTransformer(nn.Module):
         weight = self.norm.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return KVCache(self.depth, batch, self.heads, capacity, self.dim // self.heads, weight.device, dtype)
+        empty = bias_channels(weight.new_full((1, 1), PADDED, dtype=torch.float32), dtype).flatten()
+        return KVCache(self.depth, batch, self.heads, capacity, self.dim // self.heads, empty)
 
     def flops(self, tokens: int) -> int:
         """Multiplications and additions of one forward pass over ``tokens`` tokens of one sample.
 
         The attention's products are counted as full S x S ones, as ``torch.utils.flop_counter`` does; kernels
-        that skip the upper triangle do nearly half of that part.
+        that skip the upper triangle do nearly half of that part. A window counts two blocks for each block.
         """
         content = self.heads * (self.dim // self.heads - BIAS_CHANNELS)
         linear = self.dim * (2 * content + 2 * self.dim + 3 * hidden_width(self.dim))
-        attention = 2 * tokens * self.dim
-        return self.depth * 2 * tokens * (linear + attention)
+        scores = tokens * tokens
+        if self.window is not None:
+            scores = 2 * self.window * (tokens + -tokens % self.window)
+        return self.depth * 2 * (tokens * linear + 2 * scores * self.dim)
 
 
-def _check_sizes(dim: int, depth: int, heads: int, dropout: float) -> None:
+def _check_sizes(dim: int, depth: int, heads: int, dropout: float, window: int | None) -> None:
     if depth < 1 or heads < 1 or dim < 1:
         raise UserError(
             f"prior dim={dim}, depth={depth}, heads={heads}; expected all to be at least 1; raise them"
@@ -228,5 +283,7 @@ def _check_sizes(dim: int, depth: int, heads: int, dropout: float) -> None:
             f"prior dim={dim} with heads={heads} gives {dim / heads:g} channels a head; expected an even "
             "number of at least 8; change dim or heads"
         )
+    if window is not None and window < 1:
+        raise UserError(f"prior window={window}; expected at least 1 token; raise it")
     if not 0.0 <= dropout < 1.0:
         raise UserError(f"prior dropout={dropout}; expected a share in [0, 1); mend it")
