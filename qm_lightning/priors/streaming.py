@@ -1,8 +1,8 @@
 """The prior in streaming mode: the text itself is merged while it is read, and every token is predicted.
 
 A global transformer reads merged tokens; a light local decoder predicts original token t from the tokens
-before t (those of its window) and from the newest merged token that is *ready* before t. Everything that row t
-reads is a function of tokens < t, so the product of the predictions is an exact, normalised likelihood
+before t (those of its window) and from the newest merged token that is *ready* before t. Row t reads nothing
+but functions of tokens < t, so the product of the predictions is an exact, normalised likelihood
 (generative.md, section 6, conditions C1 to C8), if the backbone is causal and the merger "streaming".
 """
 
@@ -43,7 +43,7 @@ def check_streaming(merger: str, causality: str, causal_backbone: bool) -> None:
     if causality != "streaming":
         raise UserError(
             f"prior mode streaming with merger {merger} of class {causality!r}: {reasons[causality]}, and "
-            "the likelihood would leak; expected a merger of class 'streaming'; take StreamingQuickMerge, or the "
+            "the likelihood would leak; expected class 'streaming'; take StreamingQuickMerge, or the "
             "conditioning mode"
         )
     if not causal_backbone:
