@@ -1,0 +1,107 @@
+"""Draws what the merger does to a few samples while a run goes on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+
+class MergePictures(Callback):
+    """Merge pictures of the first samples of the validation and test shards.
+
+    The files are ``STAGE-INDEX-KEY.png``, those of validation overwritten by each later round. Samples and
+    names are the same in every run on the same shards, so that a report can lay methods side by side. Without
+    a datamodule that has ``describe_input`` nothing is drawn.
+
+    Args:
+        directory: where the PNG files go.
+        samples: pictures per round.
+        every_n_steps: optimizer steps between two rounds, at least.
+        rounds: rounds in validation, at most; keeps the time and W&B's storage bounded in long runs.
+    """
+
+    def __init__(
+        self, directory: str | Path, samples: int = 4, every_n_steps: int = 200, rounds: int = 12
+    ) -> None:
+        self.directory = Path(directory)
+        self.samples = samples
+        self.every_n_steps = every_n_steps
+        self.rounds = rounds
+        self.drawn = 0
+        self.last_step: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rounds drawn so far: a resumed run does not begin its allowance anew."""
+        return {"drawn": self.drawn, "last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the count of the interrupted run."""
+        self.drawn = state_dict["drawn"]
+        self.last_step = state_dict["last_step"]
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draw a round in the first batch, when one is due."""
+        if trainer.sanity_checking or batch_idx or dataloader_idx or self.drawn >= self.rounds:
+            return
+        if self.last_step is not None and trainer.global_step - self.last_step < self.every_n_steps:
+            return
+        self.drawn += 1
+        self.last_step = trainer.global_step
+        self._draw(trainer, pl_module, batch, "val")
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draw the first batch."""
+        if not batch_idx and not dataloader_idx:
+            self._draw(trainer, pl_module, batch, "test")
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: dict[str, Any],
+        stage: Literal["val", "test"],
+    ) -> None:
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if not trainer.is_global_zero or not hasattr(datamodule, "describe_input"):
+            return
+        from qm_lightning.pictures import merge_picture
+
+        with trainer.precision_plugin.forward_context():
+            tokens, merged = pl_module.merge(batch)  # type: ignore[operator]  # QuickMergeModule's, or one like it
+        self.directory.mkdir(parents=True, exist_ok=True)
+        paths, captions = [], []
+        wanted = [i for i, real in enumerate(batch["valid"].tolist()) if real][: self.samples]
+        for i in wanted:
+            figure = merge_picture(datamodule.describe_input(batch, i), merged, i, tokens=tokens)
+            key = re.sub(r"[^A-Za-z0-9_-]+", "_", batch["keys"][i])
+            paths.append(self.directory / f"{stage}-{i:02d}-{key}.png")
+            captions.append(
+                f"{batch['keys'][i]}: {int(merged.mask[i].sum())} of {int(tokens.mask[i].sum())} tokens"
+            )
+            figure.savefig(paths[-1])
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and paths:
+                images = [str(path) for path in paths]
+                logger.log_image(f"{stage}/merge", images, step=trainer.global_step, caption=captions)
