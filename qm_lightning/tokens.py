@@ -57,6 +57,7 @@ class Tokens:
         size: [B,N] float >= 0, how many raw tokens each one stands for; ``None``: one each.
         seeds: [B] long, one number per sample that alone decides its random draws, so that noise does not
             depend on the process, the batch or the rank; ``None``: the merger counts its calls.
+        ids: [B,N] long, vocabulary ids of a text, for mergers that learn to guess them; ``None``: no text.
     """
 
     values: Tensor
@@ -68,6 +69,7 @@ class Tokens:
     context: Tokens | None = None
     size: Tensor | None = None
     seeds: Tensor | None = None
+    ids: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -84,7 +86,8 @@ class MergedTokens:
         mask: [B,K] bool, True = real merged token; real ones come first.
         size: [B,K] float, how many raw tokens each one stands for; zero where ``mask`` is False.
         positions: [B,K,P] long, coordinates of the anchor (the member that names the group).
-        ready: [B,K] long, index in [0,N) of the last input token that the merged token depends on.
+        ready: [B,K] long, index of the last input token that the merged token depends on; the number of valid
+            tokens for a span of a streaming merger that the text's end left open.
         assignment: [B,N] long in [0,K), -1 = dropped or padding.
         weights: [B,N] float >= 0, share of each token in its group's average before normalisation.
         losses: scalar losses of the merger itself (a ratio loss, say), by name.

@@ -145,6 +145,7 @@ class HFBackbone(nn.Module):
             attention=_map_stats(lambda x: x.masked_fill(~valid, 0.0), self._statistics(record)),
             metric=record.keys[self.layers[-1]],
             protected=protected,
+            ids=ids,
         )
 
     def _encode_pixels(self, pixels: Tensor) -> Tokens:
