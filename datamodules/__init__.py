@@ -1,1 +1,20 @@
 """DataModules that stream WebDataset shards, exactly and elastically. They work with any LightningModule."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datamodules.image import ImageDataModule
+
+__all__ = ["ImageDataModule"]
+
+_MODULES = {"ImageDataModule": "image"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a DataModule when it is asked for: `python -m datamodules` needs neither torch nor Lightning."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

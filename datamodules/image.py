@@ -1,0 +1,102 @@
+"""Pictures from shards: digit scenes, or anyone's own pictures with names or captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datamodules.base import ShardDataModule
+from datamodules.errors import DataError
+from datamodules.processing.fields import DIGITS_FIELD, PATCHES_FIELD, member, read_picture
+from datamodules.processing.pixel_config import pixel_transform
+from datamodules.processing.targets import ByteTargets, DigitTargets, pad_targets
+from datamodules.shards.decode import decode_field
+from datamodules.shards.stream import Batch
+
+
+class ImageDataModule(ShardDataModule):
+    """Pictures and their target sequences, with the pixels that the backbone was trained on.
+
+    Samples hold a `png`, `jpg` or `jpeg`, and `digits.json` (a list of digits) or `txt` (a class name or a
+    caption); `patches.npy` (uint8, a class per patch) if a backbone shall be pre-trained on them.
+
+    Args:
+        root: directory or URL with `train/`, `val/`, `test/`.
+        batch_size: samples of a batch on each rank.
+        processor: folder or hub name of the backbone: its `preprocessor_config.json` prepares the pixels.
+        size: without a processor: (height, width) in pixels, one number for a square.
+        mean: without a processor: what is taken off the pixels in [0,1], one number for all channels.
+        std: without a processor: what the pixels are then divided by.
+        channels: without a processor: 1 (grey) or 3 (RGB).
+        targets: `digits` (11 ids) or `text` (bytes of the `txt` member, 257 ids).
+        target_length: longest target, end token included; the rest is cut off.
+        **stream: options of `ShardDataModule`.
+
+    Raises:
+        DataError: neither or both of processor and size, or the processor cannot be read.
+    """
+
+    modality: ClassVar[str] = "image"
+
+    def __init__(
+        self,
+        root: str | Path,
+        batch_size: int,
+        *,
+        processor: str | None = None,
+        size: int | tuple[int, int] | None = None,
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.5,
+        channels: int = 3,
+        targets: Literal["digits", "text"] = "digits",
+        target_length: int = 64,
+        **stream: Any,
+    ) -> None:
+        super().__init__(root, batch_size, **stream)
+        self.pixels = pixel_transform(processor, size, mean, std, channels)
+        self._targets, self._target_length = targets, target_length
+        self._vocabulary = DigitTargets() if targets == "digits" else ByteTargets()
+        self.vocab_size, self.eos_id = self._vocabulary.vocab_size, self._vocabulary.eos_id
+
+    def decode(self, fields: dict[str, bytes], key: str, seed: int) -> dict[str, Any]:
+        """One picture: `pixels` uint8 [C,H,W], `targets` long [T], `patch_labels` long [N] where stored."""
+        pixels = self.pixels.pixels(read_picture(fields))
+        sample: dict[str, Any] = {"pixels": pixels, "targets": self._target(fields)}
+        if PATCHES_FIELD in fields:
+            labels = np.asarray(decode_field(PATCHES_FIELD, fields[PATCHES_FIELD]), dtype=np.int64)
+            sample["patch_labels"] = torch.from_numpy(labels.reshape(-1))
+        return sample
+
+    def collate(self, samples: list[dict[str, Any]]) -> Batch:
+        """`inputs.pixel_values` float [B,C,H,W], `targets` long [B,T]; `patch_labels` long [B,N] if any."""
+        pixels = torch.stack([s["pixels"] for s in samples])
+        batch: Batch = {
+            "inputs": {"pixel_values": self.pixels.normalise(pixels)},
+            "targets": pad_targets([s["targets"] for s in samples], self._target_length),
+        }
+        if all("patch_labels" in s for s in samples):
+            batch["patch_labels"] = torch.stack([s["patch_labels"] for s in samples])
+        return batch
+
+    def decode_targets(self, ids: Tensor) -> str:
+        """Digits with spaces between them, or text; long [T]."""
+        return self._vocabulary.decode(ids)
+
+    def describe_input(self, batch: Batch, i: int) -> NDArray[np.float32]:
+        """Picture i as [H,W] or [H,W,3] float32 in [0,1]."""
+        return self.pixels.picture(batch["inputs"]["pixel_values"][i])
+
+    def _target(self, fields: dict[str, bytes]) -> Tensor:
+        if isinstance(self._vocabulary, DigitTargets):
+            digits = decode_field(DIGITS_FIELD, member(fields, DIGITS_FIELD, "targets=text"))
+            return self._vocabulary.encode(digits)
+        text: str = decode_field("txt", member(fields, "txt", "targets=digits"))
+        if not text:
+            raise DataError("the txt member is empty, expected a class name or a caption")
+        return self._vocabulary.encode(text.encode())

@@ -1,0 +1,1 @@
+"""What happens to a sample between its bytes and the tensors that a backbone takes."""

@@ -1,0 +1,60 @@
+"""Writes the splits of a prepared data set, and remembers what it was prepared from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datamodules.errors import DataError
+from datamodules.shards.files import write_atomic
+from datamodules.shards.writer import SampleSource, write_shards
+
+RECIPE_NAME = "prepared.json"
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every modality: seed, samples per shard, processes."""
+    parser.add_argument("--seed", type=int, default=0, help="all draws follow from it")
+    parser.add_argument("--shard_size", type=int, default=1000, help="samples per shard")
+    workers = min(8, os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=workers, help=f"writing processes (default {workers})")
+
+
+def write_splits(
+    out: Path,
+    splits: Mapping[str, SampleSource],
+    recipe: Mapping[str, Any],
+    *,
+    shard_size: int,
+    workers: int,
+) -> None:
+    """Write every split that has samples; what an interrupted run with the same recipe finished is kept.
+
+    Args:
+        out: the data set's folder.
+        splits: samples by split name.
+        recipe: what the samples follow from, as JSON values; kept in `prepared.json`.
+        shard_size: samples per shard.
+        workers: processes.
+
+    Raises:
+        DataError: the folder holds data of another recipe: mixing the two must not happen unseen.
+    """
+    wanted = {**recipe, "shard_size": shard_size}
+    path = out / RECIPE_NAME
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if found is not None and found != json.loads(json.dumps(wanted)):
+        changed = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+        raise DataError(
+            f"{out} was prepared with another {', '.join(changed)}; expected the same or an empty folder: "
+            "choose another --out, or delete it first"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(wanted, indent=2).encode())
+    for split, source in splits.items():
+        if len(source):
+            write_shards(out, split, source, shard_size=shard_size, workers=workers)
