@@ -1,0 +1,18 @@
+"""All tokens, untouched: the upper end of every comparison."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from qm_lightning.merging.base import Causality, Merger, prune, width
+from qm_lightning.tokens import MergedTokens, Tokens
+
+
+class NoMerge(Merger):
+    """Keeps every valid token."""
+
+    causality: ClassVar[Causality] = "streaming"
+
+    def forward(self, tokens: Tokens) -> MergedTokens:
+        """The valid tokens, in order."""
+        return prune(tokens, tokens.mask, width(tokens.counts, tokens.mask.shape[1]))
