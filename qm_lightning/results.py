@@ -1,0 +1,113 @@
+"""What a finished run leaves for reports: results.json and the predictions."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+
+from qm_lightning import __version__
+from qm_lightning.costs import measure_cost
+from qm_lightning.modules.quickmerge import QuickMergeModule
+
+
+def versions() -> dict[str, str]:
+    """Versions that a figure depends on."""
+    import lightning
+    import transformers
+
+    return {
+        "qm_lightning": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write under a temporary name, then rename."""
+    staging = path.with_name(path.name + ".tmp")
+    staging.write_text(json.dumps(content, indent=2) + "\n")
+    staging.replace(path)
+
+
+def _class_name(spec: Any) -> str:
+    return str(spec["class_path"]).rsplit(".", 1)[-1] if isinstance(spec, dict) else str(spec)
+
+
+def write_results(
+    run_dir: Path,
+    config: dict[str, Any],
+    trainer: Trainer,
+    module: QuickMergeModule,
+    datamodule: LightningDataModule,
+) -> None:
+    """Write results.json from the metrics of ``trainer.test`` and a cost measurement on its first batch.
+
+    Args:
+        run_dir: the run's directory.
+        config: the resolved configuration of the verb.
+        trainer: the trainer after ``test``.
+        module: the tested module.
+        datamodule: its data.
+    """
+    metrics = {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
+    if not trainer.is_global_zero:
+        return
+    merger = config["model"]["init_args"]["merger"]
+    arguments = dict(merger.get("init_args") or {}) if isinstance(merger, dict) else {}
+    budget = arguments.get("budget")
+    batch = next(iter(trainer.test_dataloaders))  # type: ignore[call-overload]
+    batch = module.transfer_batch_to_device(batch, module.device, 0)
+    write_json(
+        run_dir / "results.json",
+        {
+            "experiment": config["name"],
+            "modality": datamodule.modality,
+            "merger": _class_name(merger),
+            "merger_args": arguments,
+            "budget": None if budget is None else _class_name(budget),
+            "compression_target": (budget or {}).get("init_args", {}).get("compression"),
+            "seed": config["seed_everything"],
+            "steps": config["trainer"]["max_steps"],
+            "split": "test",
+            "samples": len(trainer.test_dataloaders.dataset) if hasattr(trainer.test_dataloaders, "dataset") else None,
+            "metrics": metrics,
+            "cost": measure_cost(module, batch),
+            "versions": versions(),
+        },
+    )
+
+
+def write_predictions(
+    run_dir: Path, batches: list[dict[str, Any]], trainer: Trainer, datamodule: LightningDataModule
+) -> None:
+    """Write predictions.jsonl: one line a sample, in the order of the shards.
+
+    Args:
+        run_dir: the run's directory.
+        batches: what ``predict_step`` returned, on this rank.
+        trainer: the trainer after ``predict``.
+        datamodule: decodes target sequences.
+    """
+    rows = [
+        {"position": int(position), "key": key, "prediction": datamodule.decode_targets(sequence)}
+        for batch in batches
+        for key, position, sequence in zip(batch["keys"], batch["position"], batch["sequences"], strict=True)
+        if int(position) >= 0
+    ]
+    gathered = [rows]
+    if trainer.world_size > 1:
+        gathered = [[] for _ in range(trainer.world_size)]
+        torch.distributed.all_gather_object(gathered, rows)
+    if trainer.is_global_zero:
+        ordered = sorted((row for part in gathered for row in part), key=lambda row: row["position"])
+        staging = run_dir / "predictions.jsonl.tmp"
+        staging.write_text("".join(json.dumps(row) + "\n" for row in ordered))
+        staging.replace(run_dir / "predictions.jsonl")
+        print(f"{len(ordered)} predictions: {run_dir / 'predictions.jsonl'}")

@@ -1,0 +1,1 @@
+"""What surrounds a training: sizes from the launcher, the run directory, checkpoints, loggers."""
