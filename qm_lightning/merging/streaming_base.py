@@ -43,8 +43,7 @@ class StreamingMerger(Merger):
         if max_span is not None and max_span < budget.compression:
             raise UserError(
                 f"{type(self).__name__}: max_span={max_span} cannot reach "
-                f"compression={budget.compression:g}; expected spans at least as long as the compression;
-                raise max_span"
+                f"compression={budget.compression:g}; expected spans at least as long; raise max_span"
             )
         self.budget = budget
         self.max_span = max_span
