@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qm_lightning.backbones.small import preprocessing_of, save_backbone
 from qm_lightning.errors import UserError
 from qm_lightning.losses import global_mean
 from qm_lightning.modules.optim import OptimizerOptions, build_optimizer
@@ -27,8 +28,6 @@ class BackbonePretrainModule(LightningModule):
         objective: ``patch_labels``: classify every patch (batch key ``patch_labels`` [B,N]);
             ``next_token``: predict ``input_ids`` one step ahead (causal models).
         classes: number of patch classes, or of token ids.
-        preprocessing: what ``preprocessor_config.json`` shall say, so that whoever loads the model later
-            prepares pictures as they were here; ``None`` for text.
         optimizer: the recipe.
     """
 
@@ -38,7 +37,6 @@ class BackbonePretrainModule(LightningModule):
         output_dir: str,
         objective: Literal["patch_labels", "next_token"],
         classes: int,
-        preprocessing: dict[str, Any] | None = None,
         optimizer: OptimizerOptions | None = None,
     ) -> None:
         super().__init__()
@@ -46,7 +44,6 @@ class BackbonePretrainModule(LightningModule):
         self.head = nn.Linear(int(architecture.config.hidden_size), classes)
         self.output_dir = Path(output_dir)
         self.objective = objective
-        self.preprocessing = preprocessing
         self.options = optimizer or OptimizerOptions()
 
     def _logits_and_labels(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -102,13 +99,10 @@ class BackbonePretrainModule(LightningModule):
     @torch.no_grad()
     def save_backbone(self) -> None:
         """Write ``output_dir`` so that ``HFBackbone(output_dir)`` loads it; an older one is replaced."""
-        import json
-
         staging = self.output_dir.with_name(self.output_dir.name + ".tmp")
         shutil.rmtree(staging, ignore_errors=True)
         staging.parent.mkdir(parents=True, exist_ok=True)
-        self.architecture.save_pretrained(staging)
-        if self.preprocessing is not None:
-            (staging / "preprocessor_config.json").write_text(json.dumps(self.preprocessing, indent=2))
+        preprocessing = None if self.objective == "next_token" else preprocessing_of(self.architecture)
+        save_backbone(self.architecture, staging, preprocessing)
         shutil.rmtree(self.output_dir, ignore_errors=True)
         staging.rename(self.output_dir)

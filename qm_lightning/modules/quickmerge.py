@@ -17,6 +17,7 @@ from qm_lightning.merging import Merger
 from qm_lightning.metrics import QualityMetrics
 from qm_lightning.modules.optim import OptimizerOptions, build_optimizer
 from qm_lightning.priors import ARPrior, PriorOutput
+from qm_lightning.runtime.frozen import FrozenBackboneMixin
 from qm_lightning.tokens import MergedTokens, Tokens
 
 
@@ -35,7 +36,7 @@ class LossWeights:
     gamma: float = 0.8
 
 
-class QuickMergeModule(LightningModule):
+class QuickMergeModule(FrozenBackboneMixin, LightningModule):
     """Trains a merger and an AR prior behind a frozen backbone.
 
     Args:
@@ -75,8 +76,6 @@ class QuickMergeModule(LightningModule):
     def merge(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens]:
         """Backbone and merger: what the prior reads, and what it was made from."""
         tokens = replace(self.backbone(batch["inputs"]), seeds=batch.get("seeds"))
-        if "context" in batch:
-            tokens = replace(tokens, context=self.backbone.embed_text(batch["context"]))
         return tokens, self.merger(tokens)
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens, PriorOutput]:

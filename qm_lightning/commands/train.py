@@ -1,0 +1,172 @@
+"""fit, validate, test and predict: LightningCLI over our modules and the DataModules."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn
+
+import jsonargparse
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import datamodules.image  # noqa: F401  # makes the short class name known: --data ImageDataModule
+from qm_lightning.callbacks.pictures import MergePictures
+from qm_lightning.errors import UserError
+from qm_lightning.modules import QuickMergeModule
+from qm_lightning.results import write_predictions, write_results
+from qm_lightning.runtime.assemble import always_on_callbacks
+from qm_lightning.runtime.checkpoint_io import AtomicCheckpointIO
+from qm_lightning.runtime.loggers import TrackingOptions, make_loggers
+from qm_lightning.runtime.run_directory import RunDirectory, open_run_directory
+from qm_lightning.runtime.world import make_strategy, resolve_world
+
+# A configuration can name classes of these packages only: `class_path: os.system` is refused.
+ALLOWED_PACKAGES = ["qm_lightning", "datamodules", "lightning", "torch.optim", "torch.nn", "torchmetrics"]
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line, without the usage of two hundred options before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one line and leave with exit code 2."""
+        raise UserError(" ".join(message.split()))
+
+
+class QuickMergeCLI(LightningCLI):
+    """LightningCLI with a run directory, a strategy taken from the launcher and callbacks that are always on."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_PACKAGES)
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            args=list(args),
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Refuse abbreviations: ``--trainer.max_step`` must not mean ``max_steps``."""
+        kwargs.setdefault("allow_abbrev", False)
+        return super().init_parser(**kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of a run, beside those of trainer, model and data."""
+        parser.add_argument("--name", type=str, default="run", help="Name of the experiment: runs/NAME/VERSION.")
+        parser.add_argument("--run_dir", type=str | None, default=None, help="Exact run directory.")
+        parser.add_argument("--fresh", type=bool, default=False, help="Start anew in a run directory with history.")
+        parser.add_argument(
+            "--checkpoint_every", type=int, default=100, help="Optimizer steps between checkpoints step_*.ckpt."
+        )
+        parser.add_class_arguments(TrackingOptions, "logger")
+        parser.link_arguments(
+            "data", "model.init_args.vocab_size", compute_fn=lambda data: data.vocab_size, apply_on="instantiate"
+        )
+        parser.link_arguments(
+            "data", "model.init_args.eos_id", compute_fn=lambda data: data.eos_id, apply_on="instantiate"
+        )
+        parser.set_defaults({"trainer.use_distributed_sampler": False, "trainer.logger": False})
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets a checkpoint's stored values overrule the command line here; ours does not."""
+
+    def before_instantiate_classes(self) -> None:
+        """Open the run directory; give backbone and data the same processor."""
+        config = self.config[self.config["subcommand"]]
+        share_processor(config)
+        self.run: RunDirectory = open_run_directory(
+            config.run_dir,
+            config.name,
+            verb=self.config["subcommand"],
+            ckpt_path=config.get("ckpt_path"),
+            fresh=config.fresh,
+        )
+        config.ckpt_path = self.run.ckpt_path
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer whose sizes come from the launcher and whose callbacks keep the run resumable."""
+        config = self.config[self.subcommand]
+        options = self.config_init[self.subcommand].trainer
+        self._dump_config()
+        if self.subcommand == "fit" and not options.fast_dev_run:
+            options.callbacks = [*(options.callbacks or []), *self._callbacks(config)]
+            options.logger = make_loggers(self.run.path, config.name, config.logger, self.config_dump, _rank())
+        world = resolve_world(dict(os.environ), options.devices if isinstance(options.devices, int) else 1)
+        self.run.write_config(self.config_dump, self.subcommand)
+        return super().instantiate_trainer(
+            default_root_dir=str(self.run.path),
+            devices=world.devices,
+            num_nodes=world.num_nodes,
+            strategy=make_strategy(world),
+            plugins=[AtomicCheckpointIO()],
+            **kwargs,
+        )
+
+    def _callbacks(self, config: Any) -> list[Callback]:
+        callbacks = always_on_callbacks(
+            self.run, seed=config.seed_everything, checkpoint_every=config.checkpoint_every
+        )
+        callbacks += self.datamodule.callbacks()
+        if isinstance(self.model, QuickMergeModule):
+            callbacks.append(MergePictures(self.run.path / "report" / "examples"))
+        return callbacks
+
+    def after_test(self) -> None:
+        """Write results.json: quality, cost and configuration of the tested run."""
+        if isinstance(self.model, QuickMergeModule):
+            write_results(self.run.path, self.config_dump, self.trainer, self.model, self.datamodule)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write the predicted target sequences, in the order of the shards."""
+        batches = self.trainer.predict(**kwargs)
+        write_predictions(self.run.path, batches or [], self.trainer, self.datamodule)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
+
+
+def share_processor(config: Any) -> None:
+    """Let the data prepare inputs as the backbone was trained; refuse a disagreement.
+
+    Raises:
+        UserError: the data names another processor or tokenizer than the backbone.
+    """
+    backbone = config.get("model.init_args.backbone.init_args.name_or_path")
+    if backbone is None:
+        return
+    for key in ("processor", "tokenizer"):
+        path = f"data.init_args.{key}"
+        if path not in config:
+            continue
+        if config[path] is None:
+            config[path] = backbone
+        elif config[path] not in (backbone, "bytes") and not isinstance(config[path], int | dict):
+            raise UserError(
+                f"data.{key} is {config[path]!r} but the backbone is {backbone!r}; expected the same, "
+                f"since inputs must be prepared as the backbone was trained; leave data.{key} out"
+            )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a Lightning verb.
+
+    Args:
+        argv: the verb and its options.
+
+    Returns:
+        0; mistakes raise ``UserError``.
+    """
+    try:
+        QuickMergeCLI(argv)
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    return 0
+
