@@ -36,6 +36,7 @@ class ImageDataModule(ShardDataModule):
         channels: without a processor: 1 (grey) or 3 (RGB).
         targets: `digits` (11 ids) or `text` (bytes of the `txt` member, 257 ids).
         target_length: longest target, end token included; the rest is cut off.
+        download: fetch a processor by its name, over the network.
         **stream: options of `ShardDataModule`.
 
     Raises:
@@ -56,10 +57,11 @@ class ImageDataModule(ShardDataModule):
         channels: int = 3,
         targets: Literal["digits", "text"] = "digits",
         target_length: int = 64,
+        download: bool = False,
         **stream: Any,
     ) -> None:
         super().__init__(root, batch_size, **stream)
-        self.pixels = pixel_transform(processor, size, mean, std, channels)
+        self.pixels = pixel_transform(processor, size, mean, std, channels, download)
         self._targets, self._target_length = targets, target_length
         self._vocabulary = DigitTargets() if targets == "digits" else ByteTargets()
         self.vocab_size, self.eos_id = self._vocabulary.vocab_size, self._vocabulary.eos_id

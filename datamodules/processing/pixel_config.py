@@ -22,6 +22,7 @@ def pixel_transform(
     mean: float | Sequence[float],
     std: float | Sequence[float],
     channels: int,
+    download: bool,
 ) -> PixelTransform:
     """How pixels are prepared: as a backbone's configuration says, or by hand.
 
@@ -31,6 +32,7 @@ def pixel_transform(
         mean: taken off the pixels in [0,1]; one number for all channels, or one each.
         std: what the pixels are then divided by.
         channels: 1 (grey) or 3 (RGB).
+        download: fetch a processor by its name.
 
     Raises:
         DataError: neither or both of processor and size are given, or the processor cannot be read.
@@ -42,18 +44,19 @@ def pixel_transform(
             f"pixels are those it was trained on, or {BY_HAND}"
         )
     if processor is not None:
-        return from_pretrained(processor)
+        return from_pretrained(processor, download)
     edges = (size, size) if isinstance(size, int) else tuple(size or ())
     if len(edges) != 2 or min(edges) < 1:
         raise DataError(f"size is {size!r}, expected one edge or (height, width), in pixels")
     return PixelTransform(channels, (edges[0], edges[1]), mean=_values(mean), std=_values(std))
 
 
-def from_pretrained(name_or_path: str) -> PixelTransform:
+def from_pretrained(name_or_path: str, download: bool = False) -> PixelTransform:
     """Read a model's `processor_config.json` or `preprocessor_config.json`.
 
     Args:
         name_or_path: folder or hub name of the backbone.
+        download: fetch it by its name.
 
     Returns:
         The same arithmetic as the model's own image processor, in Pillow and torch.
@@ -61,14 +64,14 @@ def from_pretrained(name_or_path: str) -> PixelTransform:
     Raises:
         DataError: there is no such file, or it asks for something that would give uneven shapes.
     """
-    nested = (read_model_json(name_or_path, "processor_config.json") or {}).get("image_processor")
-    config = nested or read_model_json(name_or_path, "preprocessor_config.json")
+    nested = (read_model_json(name_or_path, "processor_config.json", download) or {}).get("image_processor")
+    config = nested or read_model_json(name_or_path, "preprocessor_config.json", download)
     if config is None:
         raise DataError(
             f"found no preprocessor_config.json in {name_or_path!r}, expected the one that the backbone was "
-            f"saved with; give a backbone that has it, or {BY_HAND}"
+            f"saved with; give a backbone that has it (download=true fetches one by its name), or {BY_HAND}"
         )
-    model = read_model_json(name_or_path, "config.json") or {}
+    model = read_model_json(name_or_path, "config.json", download) or {}
     channels = int({**model, **model.get("vision_config", {})}.get("num_channels", 3))
     return PixelTransform(
         channels=channels,

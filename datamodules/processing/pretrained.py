@@ -1,30 +1,62 @@
-"""Small JSON files that lie beside a pre-trained model."""
+"""Small files that lie beside a pre-trained model, in a folder or in the Hugging Face cache."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datamodules.errors import DataError
 
 
-def read_model_json(name_or_path: str, file: str) -> dict[str, Any] | None:
+@contextmanager
+def network(allowed: bool) -> Iterator[None]:
+    """Keep off the network unless `allowed`; `local_files_only` alone still lets transformers call home."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not allowed
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def find_source(name_or_path: str) -> str:
+    """The folder as an absolute path, or the name of a model if it cannot mean a folder.
+
+    Raises:
+        DataError: it means a folder, and there is none.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return str(folder.absolute())
+    if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+        raise DataError(
+            f"the backbone folder {name_or_path!r} does not exist; expected one that save_pretrained wrote: "
+            "check the path, or pre-train the backbone first"
+        )
+    return name_or_path
+
+
+def read_model_json(name_or_path: str, file: str, download: bool) -> dict[str, Any] | None:
     """Read one JSON file of a model.
 
     Args:
-        name_or_path: a folder, or a model's name on the Hugging Face hub, which is looked up in its local
-            cache, and fetched if it is not there (unless transformers is told to stay offline).
+        name_or_path: a folder, or a model's name on the Hugging Face hub.
         file: the file's name.
+        download: fetch it if it is not in the cache.
 
     Returns:
-        What it holds; ``None`` if the model has no such file.
+        What it holds; `None` if the model has no such file.
 
     Raises:
-        DataError: the file is not a JSON object.
+        DataError: no such model within reach, or the file is not a JSON object.
     """
-    folder = Path(name_or_path).expanduser()
-    path = folder / file if folder.is_dir() else _cached(name_or_path, file)
+    source = find_source(name_or_path)
+    path = Path(source, file) if Path(source).is_dir() else _cached(source, file, download)
     if path is None or not path.is_file():
         return None
     try:
@@ -37,17 +69,18 @@ def read_model_json(name_or_path: str, file: str) -> dict[str, Any] | None:
     return content
 
 
-def _cached(name: str, file: str) -> Path | None:
-    if name.startswith((".", "/", "~")):
-        return None  # meant as a folder
+def _cached(name: str, file: str, download: bool) -> Path | None:
     from transformers.utils import cached_file
 
     try:
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        with network(download):
+            path = cached_file(
+                name, file, local_files_only=not download, _raise_exceptions_for_missing_entries=False
+            )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
-            f"found neither a folder nor a reachable model named {name!r} ({reason}); give the folder that "
-            "save_pretrained wrote, or a name that can be fetched"
+            f"found no model {name!r} ({reason}); give the folder that save_pretrained wrote, or set "
+            "download=true to fetch a model by its name"
         ) from None
     return Path(path) if path is not None else None

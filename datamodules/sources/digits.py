@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
+from datamodules.sources.splits import SPLITS, Split
+
 SCANS_PER_SPLIT: dict[Split, int] = {"train": 1297, "val": 200, "test": 300}
 INK_LEVELS = 16.0  # the scans hold 0 to 16
 

@@ -11,9 +11,10 @@ import numpy as np
 from datamodules.errors import DataError
 from datamodules.processing.fields import DIGITS_FIELD, PATCHES_FIELD
 from datamodules.shards.writer import SampleSource
-from datamodules.sources.digits import SPLITS, Split, load_scans
+from datamodules.sources.digits import load_scans
 from datamodules.sources.encoding import json_bytes, npy_bytes, png_bytes
 from datamodules.sources.scenes import Scene, draw_scene
+from datamodules.sources.splits import SPLITS, Split
 from datamodules.sources.writing import add_common_arguments, write_splits
 
 DEFAULT_COUNTS: dict[Split, int] = {"train": 10000, "val": 500, "test": 1000}

@@ -123,8 +123,10 @@ def test_unusable_configurations_are_refused(config: dict[str, Any], message: st
 def test_missing_or_broken_configuration(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="found no preprocessor_config"):
         from_pretrained(str(tmp_path))
-    with pytest.raises(DataError, match="found no preprocessor_config"):
+    with pytest.raises(DataError, match="does not exist"):
         from_pretrained("./not/there")
+    with pytest.raises(DataError, match=r"found no preprocessor_config.*download=true"):
+        from_pretrained("nobody/nothing")
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(DataError, match="is not JSON"):
         from_pretrained(str(tmp_path))
@@ -134,7 +136,7 @@ def test_missing_or_broken_configuration(tmp_path: Path) -> None:
 
 
 def test_by_hand() -> None:
-    transform = pixel_transform(None, 8, (0.1, 0.2, 0.3), 0.5, 3)
+    transform = pixel_transform(None, 8, (0.1, 0.2, 0.3), 0.5, 3, False)
     values = transform.normalise(transform.pixels(np.full((8, 8, 3), 255, np.uint8)))
     torch.testing.assert_close(values[:, 0, 0], torch.tensor([1.8, 1.6, 1.4]))
     np.testing.assert_allclose(transform.picture(values), 1.0, atol=1e-6)
@@ -143,6 +145,6 @@ def test_by_hand() -> None:
 @pytest.mark.parametrize("size", [0, (4, 0), (4, 4, 4)])
 def test_sizes_by_hand_are_checked(size: Any) -> None:
     with pytest.raises(DataError, match="expected one edge"):
-        pixel_transform(None, size, 0.5, 0.5, 3)
+        pixel_transform(None, size, 0.5, 0.5, 3, False)
     with pytest.raises(DataError, match="channels is 4"):
         PixelTransform(4, None)

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.sources.digits import SCANS_PER_SPLIT, SPLITS, enlarge, load_scans
+from datamodules.sources.digits import SCANS_PER_SPLIT, enlarge, load_scans
 from datamodules.sources.image import DigitScenes
 from datamodules.sources.scenes import BACKGROUND, CANVAS, MAX_DIGITS, MAX_SHARED, PATCH, Box, draw_scene
+from datamodules.sources.splits import SPLITS
 
 
 def test_no_scan_is_in_two_splits() -> None:
