@@ -1,4 +1,4 @@
-"""The DataModule that all modalities share: loaders over the shards of ROOT/{train,val,test}, and exact resume."""
+"""The DataModule that all modalities share: loaders over ROOT/{train,val,test}, and exact resume."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ Split = Literal["train", "val", "test"]
 class ShardDataModule(pl.LightningDataModule):
     """Streams WebDataset shards, exactly resumable, to any LightningModule.
 
-    Subclasses implement `decode`, `collate`, `decode_targets` and `describe_input`, and set `modality`, `vocab_size` and
-    `eos_id`. Both `decode` and `collate` run in worker processes: they must not touch the trainer.
+    Subclasses implement `decode`, `collate`, `decode_targets` and `describe_input`, and set `modality`,
+    `vocab_size` and `eos_id`. Both `decode` and `collate` run in worker processes: they must not touch the
+    trainer.
 
     Args:
         root: directory or URL with `train/`, `val/`, `test/`, each with shards and their `index.json`.
@@ -40,7 +41,8 @@ class ShardDataModule(pl.LightningDataModule):
         num_workers: worker processes per loader; 0 = in the training process.
         seed: of the order and of all per-sample random draws.
         shuffle: shuffle the training split.
-        tail: what to do with the last, partial global batch of training: `pad` | `drop` | `carry`. Evaluation pads.
+        tail: what to do with the last, partial global batch of training: `pad` | `drop` | `carry`. Evaluation
+            pads.
         on_error: bad samples in training: `raise` | `skip` (masked, up to the budget). Evaluation raises.
         max_bad: budget of `skip` per epoch, over all ranks.
         max_bad_share: the same as a share of the epoch; the smaller limit holds.
@@ -114,7 +116,7 @@ class ShardDataModule(pl.LightningDataModule):
         self._state: dict[str, Any] | None = None
         self._group: Any = None
 
-    # For subclasses -----------------------------------------------------------------------------------------------
+    # For subclasses -------------------------------------------------------------------------------------
 
     def decode(self, fields: dict[str, bytes], key: str, seed: int) -> dict[str, Any]:
         """Turn a stored sample into what `collate` takes. Runs in a worker.
@@ -148,18 +150,18 @@ class ShardDataModule(pl.LightningDataModule):
         raise NotImplementedError
 
     def describe_input(self, batch: Batch, i: int) -> Any:
-        """Sample i as a picture: [H,W] or [H,W,3] float array in [0,1], or a list of strings, one per token."""
+        """Sample i for people: a float array [H,W] or [H,W,3] in [0,1], or one string per token."""
         raise NotImplementedError
 
-    # Loaders ------------------------------------------------------------------------------------------------------
+    # Loaders --------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Forget the state of a former run, and see that exact resume is possible."""
         self._state = self._train = self._group = None
         if stage == "fit" and not any(isinstance(c, ExactResume) for c in self._callbacks_in_use()):
             log.warning(
-                "the Trainer lacks the exact-resume callback, so checkpoints from the middle of an epoch cannot be "
-                "resumed: pass Trainer(callbacks=datamodule.callbacks())"
+                "the Trainer lacks the exact-resume callback, so checkpoints from the middle of an epoch "
+                "cannot be resumed: pass Trainer(callbacks=datamodule.callbacks())"
             )
 
     def train_dataloader(self) -> StreamLoader:
@@ -192,10 +194,12 @@ class ShardDataModule(pl.LightningDataModule):
         source = self._source(split)
         if source is None:
             raise DataError(
-                f"found no shards with an index in {self.root}/{split}; make some with `python -m datamodules prepare` "
-                f"or index yours with `python -m datamodules index {self.root}/{split}`"
+                f"found no shards with an index in {self.root}/{split}; make some with `python -m "
+                f"datamodules prepare` or index yours with `python -m datamodules index {self.root}/{split}`"
             )
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        rank, world = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        )
         order = self._order if training else OrderSettings(seed=self.seed, shuffle=False)
         spec = StreamSpec(
             shards=source.shards,
@@ -232,7 +236,7 @@ class ShardDataModule(pl.LightningDataModule):
         bad, failures = counts.tolist()
         return bad, failures
 
-    # Resume -------------------------------------------------------------------------------------------------------
+    # Resume ---------------------------------------------------------------------------------------------
 
     def callbacks(self) -> list[Callback]:
         """What exact resume needs in the Trainer: `Trainer(callbacks=datamodule.callbacks())`."""

@@ -1,7 +1,8 @@
 """Batches of samples of similar length, still as a pure function of the position.
 
-Inside each bucket of consecutive positions the samples are sorted by their stored length, cut into units, and the units
-are shuffled. Lengths come from the shards' indexes, so neither history nor the number of ranks enters. Ours.
+Inside each bucket of consecutive positions the samples are sorted by their stored length, cut into units, and
+the units are shuffled. Lengths come from the shards' indexes, so neither history nor the number of ranks
+enters. Ours.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class LengthBuckets:
     Args:
         order: the order to rearrange.
         lengths: (shard, sample) -> stored bytes, int64 [n] each.
-        settings: `bucket` is the number of positions that are sorted together, a multiple of `unit`, the number of
-            neighbours of similar length (a rank's batch).
+        settings: `bucket` is the number of positions that are sorted together, a multiple of `unit`, the
+            number of neighbours of similar length (a rank's batch).
         epoch: number of the epoch.
     """
 

@@ -15,7 +15,7 @@ class Fault(NamedTuple):
 
     Attributes:
         shard: file name.
-        index: sample in the shard.
+        sample: number in the shard.
         key: sample key, empty if it could not be read.
         epoch: epoch of the stream.
         position: position in the epoch's order.
@@ -23,7 +23,7 @@ class Fault(NamedTuple):
     """
 
     shard: str
-    index: int
+    sample: int
     key: str
     epoch: int
     position: int
@@ -31,7 +31,7 @@ class Fault(NamedTuple):
 
     def __str__(self) -> str:
         named = f" (key {self.key!r})" if self.key else ""
-        where = f"sample {self.index} of {self.shard}{named}, epoch {self.epoch}, position {self.position}"
+        where = f"sample {self.sample} of {self.shard}{named}, epoch {self.epoch}, position {self.position}"
         return f"{where}: {self.error}"
 
 
@@ -40,7 +40,8 @@ class FaultPolicy:
     """What to do about bad samples.
 
     Attributes:
-        on_error: `raise` stops at the first one; `skip` masks its place in the batch, so that no other sample moves.
+        on_error: `raise` stops at the first one; `skip` masks its place in the batch, so that no other sample
+            moves.
         max_bad: with `skip`, bad samples tolerated in an epoch, over all ranks.
         max_bad_share: with `skip`, the same as a share of the epoch; the smaller of the two limits holds.
     """

@@ -1,6 +1,7 @@
-"""Who trains which positions: ranks and batches of an epoch, and its tail. Pure arithmetic, the same on every rank.
+"""Who trains which positions: ranks, batches and tail of an epoch. The same arithmetic on every rank.
 
-An *absolute* position is epoch * N + position, so that batches may run over the end of an epoch (tail `carry`).
+An *absolute* position is epoch * N + position, so that batches may run over the end of an epoch (tail
+`carry`).
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class Geometry:
         batch: samples of one batch on one rank.
         rank: this process.
         world: number of processes.
-        tail: what happens to the last, partial global batch: `pad` deals it over all ranks, each batch padded to full
-            shape and masked; `drop` leaves it out; `carry` fills it from the next epoch.
+        tail: what happens to the last, partial global batch: `pad` deals it over all ranks, each batch padded
+            to full shape and masked; `drop` leaves it out; `carry` fills it from the next epoch.
     """
 
     total: int
@@ -70,7 +71,7 @@ class Geometry:
             raise DataError(f"rank is {self.rank}, expected a number in [0, world size = {self.world})")
         if self.tail == "drop" and self.total < self.step:
             raise DataError(
-                f'tail="drop" leaves no batch: {self.total} samples, but a batch on {self.world} rank(s) takes '
+                f'tail="drop" leaves no batch: {self.total} samples, but one on {self.world} rank(s) takes '
                 f'{self.step}; use tail="pad" or a smaller batch_size'
             )
 

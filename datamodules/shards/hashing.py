@@ -1,7 +1,9 @@
 """A frozen 64-bit hash, and what is made of it: sample seeds and random permutations without memory.
 
-Written out here because a checkpoint is only as good as the generator behind it: numpy's `Generator` streams may change
-between releases, this arithmetic cannot. The mixer is the finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
+Written out here because a checkpoint is only as good as the generator behind it: numpy's `Generator` streams
+    may change
+between releases, this arithmetic cannot. The mixer is the finaliser of SplitMix64 (Steele, Lea and Flood,
+2014).
 """
 
 from __future__ import annotations
@@ -55,8 +57,8 @@ def sample_seeds(seed: int, epoch: int | Int, position: Int) -> Int:
 def permute(index: Int, size: Int, key: Word) -> Int:
     """Where a pseudo-random permutation of [0, size) sends an index; costs no memory, whatever the size.
 
-    A Feistel network on Z_a x Z_b with a*b just above the size (so nearly no index has to walk on until it falls
-    inside): alternating keyed shifts of the two coordinates, each a bijection, hence a bijection. Ours.
+    A Feistel network on Z_a x Z_b with a*b just above the size (so nearly no index has to walk on until it
+    falls inside): alternating keyed shifts of the two coordinates, each a bijection, hence a bijection. Ours.
 
     Args:
         index: int64 [n], each in [0, size).

@@ -29,9 +29,9 @@ Agree = Callable[[int, int], tuple[int, int]]
 class StreamLoader:
     """Iterates over this rank's batches of an epoch; resumes at any sample.
 
-    A plain iterable with a length, which makes Lightning take it as it is and fetch no batch ahead. Its state is the
-    position of the last batch that was *trained*, which the `ExactResume` callback reports through `commit`, not of the
-    last one handed out. Iterating starts nothing before the first batch is asked for.
+    A plain iterable with a length, which makes Lightning take it as it is and fetch no batch ahead. Its state
+    is the position of the last batch that was *trained*, which the `ExactResume` callback reports through
+    `commit`, not of the last one handed out. Iterating starts nothing before the first batch is asked for.
 
     Args:
         spec: what to stream.
@@ -82,7 +82,7 @@ class StreamLoader:
         self.resumed = False
         self.before_state: Callable[[], None] | None = None
 
-    # What Lightning's loops look at -------------------------------------------------------------------------------
+    # What Lightning's loops look at ---------------------------------------------------------------------
 
     def __len__(self) -> int:
         """Batches of a full epoch, also after a resume: the trainer counts on from where it was."""
@@ -103,7 +103,7 @@ class StreamLoader:
         elif epoch != self._start.epoch:
             self._start = self._trained = Progress(epoch, 0)
 
-    # Position -----------------------------------------------------------------------------------------------------
+    # Position -------------------------------------------------------------------------------------------
 
     @property
     def epoch(self) -> int:
@@ -142,14 +142,15 @@ class StreamLoader:
     def _absolute(self, progress: Progress) -> int:
         return progress.epoch * self.total + progress.consumed
 
-    # State --------------------------------------------------------------------------------------------------------
+    # State ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Position and identity, in plain types, the same on every rank.
 
         Returns:
-            `epoch` and `consumed` (samples of it that were trained; -1 if nobody reported that), `fingerprint`,
-            `samples`, `shards`, `order`, `tail`, `lap`, and for information `world` and `batch`.
+            `epoch` and `consumed` (samples of it that were trained; -1 if nobody reported that),
+            `fingerprint`, `samples`, `shards`, `order`, `tail`, `lap`, and for information `world` and
+            `batch`.
         """
         if self.before_state is not None:
             self.before_state()
@@ -181,7 +182,9 @@ class StreamLoader:
         pinned = None
         if order != self._spec.settings:
             pinned = (int(state["epoch"]), order)
-            log.info("order settings changed; epoch %d is finished with the checkpoint's: %s", pinned[0], order)
+            log.info(
+                "order settings changed; epoch %d is finished with the checkpoint's: %s", pinned[0], order
+            )
         if pinned != self._spec.pinned:
             self.close()
             self._spec = replace(self._spec, pinned=pinned)
@@ -200,13 +203,13 @@ class StreamLoader:
             )
         if state["fingerprint"] != self._fingerprint:
             raise DataError(
-                f"the shards changed since this checkpoint: it saw {state['samples']} samples in {state['shards']} "
-                f"shards (fingerprint {state['fingerprint'][:12]}), now there are {self.total} in "
-                f"{len(self._spec.shards)} ({self._fingerprint[:12]}); restore the shards, or start a new run from "
-                "its weights"
+                f"the shards changed since this checkpoint: it saw {state['samples']} samples "
+                f"in {state['shards']} shards (fingerprint {state['fingerprint']}), now there are "
+                f"{self.total} in {len(self._spec.shards)} ({self._fingerprint}); restore the shards, or start "
+                "a new run from its weights"
             )
 
-    # Iteration ----------------------------------------------------------------------------------------------------
+    # Iteration ------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's batches from the start position on.
@@ -231,16 +234,17 @@ class StreamLoader:
     def _begin(self) -> Progress:
         if self._start.consumed == _UNKNOWN:
             raise DataError(
-                "the checkpoint was made in the middle of an epoch by a Trainer without the exact-resume callback, so "
-                "its position is unknown; use Trainer(callbacks=datamodule.callbacks()), or resume a checkpoint from "
-                "the end of an epoch"
+                "the checkpoint was made in the middle of an epoch without the exact-resume callback, so its "
+                "position is unknown; use Trainer(callbacks=datamodule.callbacks()), or resume a checkpoint "
+                "from the end of an epoch"
             )
         self._bad = 0
         return self._start
 
     def _batches(self, start: Progress) -> Iterator[Batch]:
         if self._kept is None:
-            position = torch.zeros(2, dtype=torch.int64).share_memory_()
+            position = torch.zeros(2, dtype=torch.int64)
+            position.share_memory_()  # type: ignore[no-untyped-call]
             loader: DataLoader[Batch] = DataLoader(
                 BatchStream(self._spec, position),
                 batch_size=None,
@@ -285,5 +289,5 @@ class StreamLoader:
         self._kept = None
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch

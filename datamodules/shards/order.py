@@ -1,14 +1,16 @@
 """The order of an epoch: a pure function of (seed, epoch) from position to (shard, sample).
 
-Nothing in it depends on ranks, workers or the batch size, so all of these may change at a checkpoint, which holds one
-integer. Construction (ours; lanes are what other streams call canonical nodes):
+Nothing in it depends on ranks, workers or the batch size, so all of these may change at a checkpoint, which
+holds one integer. Construction (ours; lanes are what other streams call canonical nodes):
 
-1. Every shard is cut into slices of consecutive samples; the slices are shuffled and laid end to end on an axis.
-2. Lane l owns the axis from lN/C to (l+1)N/C; a shard may straddle lanes, so their sizes differ by one at most.
+1. Every shard is cut into slices of consecutive samples; the slices are shuffled and laid end to end on an
+   axis.
+2. Lane l owns the axis from lN/C to (l+1)N/C; a shard may straddle lanes, so their sizes differ by one at
+   most.
 3. Inside a lane, windows of consecutive axis places are permuted: a shuffle buffer that can be addressed.
-4. Positions are dealt to lanes in units. When C is a multiple of ranks x workers and a unit is a rank's batch, every
-   worker reads lanes of its own, near-sequentially; with any other numbers the order is the same and only the reading
-   is less local.
+4. Positions are dealt to lanes in units. When C is a multiple of ranks x workers and a unit is a rank's
+   batch, every worker reads lanes of its own, near-sequentially; with any other numbers the order is the same
+   and only the reading is less local.
 """
 
 from __future__ import annotations
@@ -35,9 +37,10 @@ class OrderSettings:
     Attributes:
         seed: in [0, 2**63).
         shuffle: False = the shards' own order in every epoch.
-        window: places that are shuffled among each other; 0 = the whole lane (a full shuffle when there is one lane).
-        slice_len: samples that stay neighbours before the windows are shuffled; 0 = whole shards. Ignored when one
-            window spans everything.
+        window: places that are shuffled among each other; 0 = the whole lane (a full shuffle when there is
+            one lane).
+        slice_len: samples that stay neighbours before the windows are shuffled; 0 = whole shards. Ignored
+            when one window spans everything.
         lanes: sequential streams that the epoch is dealt from.
         unit: consecutive positions that come from one lane.
         bucket: positions that are sorted by stored length among each other, in units of `unit`; 0 = off.
@@ -84,7 +87,9 @@ class EpochOrder:
         per_shard = np.asarray(counts, np.int64)
         self.total = int(per_shard.sum())
         if self.total == 0:
-            raise DataError("found no sample in the shards, expected at least one: check the directory and its index")
+            raise DataError(
+                "found no sample in the shards, expected at least one: check the directory and its index"
+            )
         lanes, unit = settings.lanes, settings.unit
         self._slice_shard, self._slice_start, sizes = self._cut(per_shard)
         self._axis = np.concatenate([[0], np.cumsum(sizes)])

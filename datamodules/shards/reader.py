@@ -103,7 +103,7 @@ class SampleReader:
                 out[slot] = error
         for run in _merge(spans):
             try:
-                data = memoryview(self._fetch(run.shard, run.start, run.end))
+                data = self._fetch(run.shard, run.start, run.end)
             except (DataError, OSError) as error:
                 for slot, _, _ in run.members:
                     out[slot] = error
@@ -111,7 +111,7 @@ class SampleReader:
             for slot, start, end in run.members:
                 try:
                     out[slot] = parse_sample(data[start - run.start : end - run.start])
-                except DataError as error:
+                except (DataError, ValueError) as error:  # ValueError: a header that is no text or number
                     out[slot] = error
         return out
 
@@ -163,7 +163,7 @@ class SampleReader:
         if (size := os.fstat(handle).st_size) != info.bytes:
             os.close(handle)
             raise DataError(
-                f"{info.name} has {size} bytes, the manifest says {info.bytes}; restore the shard or index it again"
+                f"{info.name} has {size} bytes, the manifest says {info.bytes}; restore it or index it again"
             )
         self._files[shard] = handle
         return handle

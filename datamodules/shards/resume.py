@@ -1,8 +1,9 @@
 """The callback that makes a resume exact under Lightning's Trainer.
 
-Lightning counts batches; the stream counts samples. Two things must be brought together: the saved position must be that
-of the last *applied optimizer step* (not of the last batch, of which gradients may be waiting in an open accumulation
-window), and after a resume with other numbers of ranks or samples per batch Lightning's batch counter must be translated.
+Lightning counts batches; the stream counts samples. Two things must be brought together: the saved position
+must be that of the last *applied optimizer step* (not of the last batch, of which gradients may be waiting in
+an open accumulation window), and after a resume with other numbers of ranks or samples per batch Lightning's
+batch counter must be translated.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import lightning
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch.utils._pytree import tree_leaves
@@ -21,7 +23,7 @@ from datamodules.shards.loader import StreamLoader
 log = logging.getLogger(__name__)
 
 TESTED_LIGHTNING = ("2.6",)
-"""Minor versions whose progress counters this callback is tested with; it is the one touch of a private interface."""
+"""Minor versions whose progress counters, a private interface, this callback is tested with."""
 
 _COUNTERS = ("ready", "started", "processed", "completed")
 
@@ -29,8 +31,8 @@ _COUNTERS = ("ready", "started", "processed", "completed")
 class ExactResume(Callback):
     """Tells the stream which samples were trained, and Lightning how many batches that is.
 
-    Works with automatic and manual optimisation, gradient accumulation, checkpoints at any moment (also from a signal
-    handler or after an exception) and several epochs.
+    Works with automatic and manual optimisation, gradient accumulation, checkpoints at any moment (also from
+    a signal handler or after an exception) and several epochs.
     """
 
     def __init__(self) -> None:
@@ -53,8 +55,8 @@ class ExactResume(Callback):
         self._settle(trainer)
         if not isinstance(batch, Mapping) or "progress" not in batch:
             raise DataError(
-                f"the training batch is a {type(batch).__name__} without the key 'progress', which exact resume needs: "
-                "keep the batch a dict in on_before_batch_transfer and on_after_batch_transfer"
+                f"the training batch is a {type(batch).__name__} without the key 'progress', which exact "
+                "resume needs: keep the batch a dict in on_before_batch_transfer and on_after_batch_transfer"
             )
         self._in_flight = (int(batch["progress"][0]), int(batch["progress"][1]))
 
@@ -81,14 +83,16 @@ class ExactResume(Callback):
             return self._loader
         found = [leaf for leaf in tree_leaves(trainer.train_dataloader) if isinstance(leaf, StreamLoader)]
         if len(found) > 1:
-            raise DataError(f"found {len(found)} streams to train on, expected one: combine them in a MixtureDataModule")
+            raise DataError(
+                f"found {len(found)} streams to train on, expected one: combine them in a mixture"
+            )
         if found and found[0] is not self._loader:
             self._loader, self._step, self._in_flight = found[0], trainer.global_step, None
             self._loader.watch(lambda: self._settle(trainer))
         return found[0] if found else None
 
     def _settle(self, trainer: pl.Trainer) -> None:
-        """Commit the batch in flight if an optimizer step was applied since; also called when a state is saved."""
+        """Commit the batch in flight if an optimizer step was applied since; also before a state is saved."""
         if self._loader is None or self._in_flight is None or trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -102,33 +106,35 @@ def _recount(trainer: pl.Trainer, loader: StreamLoader) -> None:
     """
     loop = trainer.fit_loop
     progress = loop.epoch_loop.batch_progress
+    current: Any = progress.current
+    epochs: Any = loop.epoch_progress.current
     if not loader.resumed:
-        if progress.current.processed:
+        if current.processed:
             raise DataError(
-                "the checkpoint is from the middle of an epoch but holds no data position: it was not made with this "
-                "DataModule; start a new run from its weights"
+                "the checkpoint is from the middle of an epoch but holds no data position: it was not "
+                "made with this DataModule; start a new run from its weights"
             )
         return
     done = loader.batches_done
-    if loader.epoch != loop.epoch_progress.current.processed:  # Lightning takes the saved epoch as finished
-        rolled_over = loop.epoch_loop.batch_progress.is_last_batch and progress.current.completed < progress.current.processed
+    if loader.epoch != epochs.processed:  # Lightning takes the saved epoch as finished
+        rolled_over = progress.is_last_batch and current.completed < current.processed
         done = int(trainer.num_training_batches) if rolled_over else 0
         progress.is_last_batch = rolled_over
-    shift = done - progress.current.processed
+    shift = done - current.processed
     if not shift:
         return
-    if not pl.__version__.startswith(tuple(f"{v}." for v in TESTED_LIGHTNING)):
+    if not lightning.__version__.startswith(tuple(f"{v}." for v in TESTED_LIGHTNING)):
         raise DataError(
             f"resuming with another number of ranks or samples per batch is tested with Lightning "
-            f"{', '.join(TESTED_LIGHTNING)}, found {pl.__version__}: resume with the former numbers or install a "
-            "tested version"
+            f"{', '.join(TESTED_LIGHTNING)}, found {lightning.__version__}: resume with the former numbers "
+            "or install a tested version"
         )
     for counter in (progress.current, progress.total):
         for name in _COUNTERS:
             setattr(counter, name, getattr(counter, name) + shift)
     if done % trainer.accumulate_grad_batches:
         log.warning(
-            "resuming at batch %d, inside an accumulation window of %d: its first optimizer step sums fewer batches",
+            "resuming at batch %d, inside a window of %d accumulated batches: the first step sums fewer",
             done,
             trainer.accumulate_grad_batches,
         )

@@ -43,12 +43,14 @@ class Source:
         """
         if missing := [f for f in fields if f not in self.fields]:
             raise DataError(
-                f"the samples in {self.root} lack {', '.join(missing)}, found {', '.join(sorted(self.fields))}: "
-                "prepare the shards with these fields"
+                f"the samples in {self.root} lack {', '.join(missing)}, found "
+                f"{', '.join(sorted(self.fields))}: prepare the shards with these fields"
             )
 
     @classmethod
-    def open(cls, root: str, cache_dir: str | Path | None = None, cache_bytes: int | None = None) -> Source | None:
+    def open(
+        cls, root: str, cache_dir: str | Path | None = None, cache_bytes: int | None = None
+    ) -> Source | None:
         """Open a split; None if there is no manifest."""
         if not (Path(root) / MANIFEST_NAME).is_file():
             return None

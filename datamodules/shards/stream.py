@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -79,8 +82,8 @@ class BatchStream(IterableDataset[Batch]):
 
     Args:
         spec: what to stream.
-        start: int64 [2] in shared memory, (epoch, consumed) where the pass begins. It is read when the pass begins, so
-            that workers that live on through several passes learn of the new one.
+        start: int64 [2] in shared memory, (epoch, consumed) where the pass begins. It is read when the pass
+            begins, so that workers that live on through several passes learn of the new one.
     """
 
     def __init__(self, spec: StreamSpec, start: Tensor) -> None:
@@ -88,10 +91,14 @@ class BatchStream(IterableDataset[Batch]):
         self._reader: SampleReader | None = None
         self._orders: dict[int, Order] = {}
         self._spare: tuple[str, dict[str, Any]] | None = None
+        self._guarded = False
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if info is not None and not self._guarded:
+            self._guarded = True
+            threading.Thread(target=_end_with_parent, daemon=True).start()
         start, geometry = Progress(*self._start.tolist()), self._spec.geometry
         numbers = range(worker, geometry.remaining(start.consumed), workers)
         ahead = max(1, _AHEAD // geometry.batch)
@@ -140,7 +147,9 @@ class BatchStream(IterableDataset[Batch]):
                     error = problem
             text = str(error) if isinstance(error, DataError) else repr(error)
             shard = self._spec.shards[int(place.shard[i])].name
-            faults.append(Fault(shard, int(place.sample[i]), key, int(place.epoch[i]), int(place.position[i]), text))
+            faults.append(
+                Fault(shard, int(place.sample[i]), key, int(place.epoch[i]), int(place.position[i]), text)
+            )
             samples.append(None)
         return samples, faults
 
@@ -173,5 +182,14 @@ class BatchStream(IterableDataset[Batch]):
         ahead = epoch * total + (int(place.position[-1]) + 1 + np.arange(_FILLERS)) % total
         samples, _ = self._decode(self._find(ahead))
         if (good := next((s for s in samples if s is not None), None)) is None:
-            raise DataError(f"no readable sample near position {place.position[0]} of epoch {epoch}; {faults[0]}")
+            raise DataError(
+                f"no readable sample near position {place.position[0]} of epoch {epoch}; {faults[0]}"
+            )
         return good
+
+
+def _end_with_parent() -> None:
+    """Leave when the training process is gone: torch's own watch misses that under the fork server."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
