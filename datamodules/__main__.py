@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.progress import track
 
@@ -13,7 +14,7 @@ from datamodules.errors import DataError
 from datamodules.shards.files import sha256_of
 from datamodules.shards.index import build_index, index_path, load_offsets, scan
 from datamodules.shards.manifest import Manifest, ShardEntry
-from datamodules.shards.tar import CorruptShard
+from datamodules.shards.tar import CorruptShardError
 
 MODALITIES = ("text", "image", "video", "paired")
 
@@ -40,7 +41,7 @@ def index_folder(folder: Path, *, exclude_bad: bool) -> int:
     for path in track(sorted(folder.glob("*.tar")), description=f"indexing {folder}"):
         try:
             entries.append(build_index(path))
-        except CorruptShard as error:
+        except CorruptShardError as error:
             bad.append((path.name, str(error)))
             print(f"bad   {path}: {error}", file=sys.stderr)
     if bad and not exclude_bad:
@@ -50,7 +51,9 @@ def index_folder(folder: Path, *, exclude_bad: bool) -> int:
         )
     manifest = Manifest(tuple(entries), tuple(bad))
     manifest.save(folder)
-    print(f"good  {folder}: {len(entries)} shards, {manifest.total} samples, fingerprint {manifest.fingerprint}")
+    print(
+        f"good  {folder}: {len(entries)} shards, {manifest.total} samples, fingerprint {manifest.fingerprint}"
+    )
     return len(bad)
 
 
@@ -71,7 +74,9 @@ def verify_folder(folder: Path, *, checksum: bool) -> int:
         if reason:
             bad += 1
             print(f"bad   {folder / entry.name}: {reason}", file=sys.stderr)
-    print(f"{'bad ' if bad else 'good'}  {folder}: {len(manifest.shards) - bad} of {len(manifest.shards)} shards agree")
+    print(
+        f"{'bad ' if bad else 'good'}  {folder}: {len(manifest.shards) - bad} of {len(manifest.shards)} shards agree"
+    )
     return bad
 
 
@@ -111,11 +116,13 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _source(modality: str):  # noqa: ANN202  # a module
+def _source(modality: str) -> Any:
     try:
         return importlib.import_module(f"datamodules.sources.{modality}")
     except ModuleNotFoundError as error:
-        raise DataError(f"there is no source for {modality!r} yet ({error}); expected one of image, text") from error
+        raise DataError(
+            f"there is no source for {modality!r} yet ({error}); expected one of image, text"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -132,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         if verb == "index":
             bad = sum(index_folder(f, exclude_bad=options["exclude_bad"]) for f in folders)
             return 0 if options["exclude_bad"] else int(bool(bad))
-        return int(any([verify_folder(f, checksum=options["sha256"]) for f in folders]))
+        return int(sum(verify_folder(f, checksum=options["sha256"]) for f in folders) > 0)
     except DataError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -70,7 +70,9 @@ def measure_cost(module: QuickMergeModule, batch: dict[str, Any], repeats: int =
         "merge": lambda: module.merger(tokens),
         "prior": lambda: module.prior(merged, batch["targets"]),
     }
-    cost = {f"ms_{name}": _median_seconds(call, device, repeats) * 1e3 / samples for name, call in parts.items()}
+    cost = {
+        f"ms_{name}": _median_seconds(call, device, repeats) * 1e3 / samples for name, call in parts.items()
+    }
     cost["ms_per_sample"] = sum(cost.values())
     kept = float(merged.mask.sum(1).float().mean())
     cost["prior_flops_per_sample"] = float(module.prior.flops(round(kept), int(batch["targets"].shape[1])))

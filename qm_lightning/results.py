@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 
 from qm_lightning import __version__
 from qm_lightning.costs import measure_cost
@@ -45,7 +45,7 @@ def write_results(
     config: dict[str, Any],
     trainer: Trainer,
     module: QuickMergeModule,
-    datamodule: LightningDataModule,
+    datamodule: Any,
 ) -> None:
     """Write results.json from the metrics of ``trainer.test`` and a cost measurement on its first batch.
 
@@ -56,13 +56,18 @@ def write_results(
         module: the tested module.
         datamodule: its data.
     """
-    metrics = {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
+    metrics = {
+        k.removeprefix("test/"): float(v)
+        for k, v in trainer.callback_metrics.items()
+        if k.startswith("test/")
+    }
     if not trainer.is_global_zero:
         return
     merger = config["model"]["init_args"]["merger"]
     arguments = dict(merger.get("init_args") or {}) if isinstance(merger, dict) else {}
     budget = arguments.get("budget")
-    batch = next(iter(trainer.test_dataloaders))  # type: ignore[call-overload]
+    batch = next(iter(datamodule.test_dataloader()))
+    samples = getattr(trainer.test_dataloaders, "total", None)
     batch = module.transfer_batch_to_device(batch, module.device, 0)
     write_json(
         run_dir / "results.json",
@@ -76,7 +81,7 @@ def write_results(
             "seed": config["seed_everything"],
             "steps": config["trainer"]["max_steps"],
             "split": "test",
-            "samples": len(trainer.test_dataloaders.dataset) if hasattr(trainer.test_dataloaders, "dataset") else None,
+            "samples": samples,
             "metrics": metrics,
             "cost": measure_cost(module, batch),
             "versions": versions(),
@@ -84,9 +89,7 @@ def write_results(
     )
 
 
-def write_predictions(
-    run_dir: Path, batches: list[dict[str, Any]], trainer: Trainer, datamodule: LightningDataModule
-) -> None:
+def write_predictions(run_dir: Path, batches: list[Any], trainer: Trainer, datamodule: Any) -> None:
     """Write predictions.jsonl: one line a sample, in the order of the shards.
 
     Args:

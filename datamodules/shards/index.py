@@ -11,7 +11,7 @@ import numpy.typing as npt
 from datamodules.errors import DataError
 from datamodules.shards.files import sha256_of, write_atomic
 from datamodules.shards.manifest import ShardEntry
-from datamodules.shards.tar import CorruptShard, members, split_key
+from datamodules.shards.tar import CorruptShardError, members, split_key
 
 Offsets = npt.NDArray[np.uint64]
 
@@ -23,11 +23,11 @@ def scan(path: Path) -> tuple[list[int], frozenset[str], list[str]]:
         n+1 byte offsets; the fields that every sample has; the keys.
 
     Raises:
-        CorruptShard: any damage that a tar archive can show (all but flipped data bytes, which need sha256).
+        CorruptShardError: any damage that a tar archive can show (all but flipped data bytes, which need sha256).
     """
     size = path.stat().st_size
     if size == 0:
-        raise CorruptShard("the file is empty")
+        raise CorruptShardError("the file is empty")
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return _collect(descriptor, size)
@@ -49,9 +49,9 @@ def _collect(descriptor: int, size: int) -> tuple[list[int], frozenset[str], lis
         key, field = split
         if keys and key == keys[-1]:
             if field in fields:
-                raise CorruptShard(f"sample {key!r} has the field {field!r} twice")
+                raise CorruptShardError(f"sample {key!r} has the field {field!r} twice")
         elif key in seen:
-            raise CorruptShard(f"the files of sample {key!r} do not lie side by side")
+            raise CorruptShardError(f"the files of sample {key!r} do not lie side by side")
         else:
             common = frozenset(fields) & (frozenset(fields) if common is None else common) if keys else None
             fields = set()
@@ -61,7 +61,7 @@ def _collect(descriptor: int, size: int) -> tuple[list[int], frozenset[str], lis
         fields.add(field)
         end = member.next
     if not keys:
-        raise CorruptShard("no sample in it")
+        raise CorruptShardError("no sample in it")
     common = frozenset(fields) if common is None else common & fields
     return [*offsets, end], common, keys
 
@@ -77,12 +77,12 @@ def build_index(path: Path, *, sha256: bool = True) -> ShardEntry:
         The shard's line in the manifest.
 
     Raises:
-        CorruptShard: the shard is damaged.
+        CorruptShardError: the shard is damaged.
     """
     try:
         offsets, fields, _ = scan(path)
     except ValueError as error:
-        raise CorruptShard(str(error)) from error
+        raise CorruptShardError(str(error)) from error
     write_atomic(index_path(path), np.asarray(offsets, "<u8").tobytes())
     checksum = sha256_of(path) if sha256 else None
     return ShardEntry(path.name, len(offsets) - 1, path.stat().st_size, checksum, tuple(sorted(fields)))
@@ -106,7 +106,9 @@ def load_offsets(path: Path) -> Offsets:
         DataError: the file is missing or is no index.
     """
     if not path.is_file():
-        raise DataError(f"the index {path} is missing; make it with: python -m datamodules index {path.parent}")
+        raise DataError(
+            f"the index {path} is missing; make it with: python -m datamodules index {path.parent}"
+        )
     size = path.stat().st_size
     if size < 16 or size % 8:
         raise DataError(

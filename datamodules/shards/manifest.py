@@ -76,7 +76,9 @@ class Manifest:
         """
         path = root / MANIFEST_NAME
         if not root.is_dir():
-            raise DataError(f"the shard folder {root} does not exist; make shards with python -m datamodules prepare")
+            raise DataError(
+                f"the shard folder {root} does not exist; make shards with python -m datamodules prepare"
+            )
         if not path.is_file():
             found = len(list(root.glob("*.tar")))
             cure = "index" if found else "prepare"

@@ -16,7 +16,7 @@ _PAX_PATH = re.compile(rb"\d+ path=([^\n]*)\n")
 Read = Callable[[int, int], bytes]
 
 
-class CorruptShard(DataError):
+class CorruptShardError(DataError):
     """A shard that cannot be trusted; the message says where and why."""
 
 
@@ -54,10 +54,10 @@ def _name(header: bytes) -> str:
 
 def _check(header: bytes, offset: int) -> None:
     if len(header) < BLOCK:
-        raise CorruptShard(f"truncated header at byte {offset}")
+        raise CorruptShardError(f"truncated header at byte {offset}")
     stored = header[148:156].strip(b"\0 ")
     if not re.fullmatch(rb"[0-7]+", stored) or int(stored, 8) != sum(header) - sum(header[148:156]) + 256:
-        raise CorruptShard(f"bad header checksum at byte {offset}")
+        raise CorruptShardError(f"bad header checksum at byte {offset}")
 
 
 def members(read: Read, start: int, end: int, *, whole: bool) -> Iterator[Member]:
@@ -70,20 +70,22 @@ def members(read: Read, start: int, end: int, *, whole: bool) -> Iterator[Member
         whole: the range is a whole archive: demand an end marker with only zeros behind it.
 
     Raises:
-        CorruptShard: damage, with its place.
+        CorruptShardError: damage, with its place.
     """
     position, first, long_name = start, start, None
     while position < end:
         header = read(position, BLOCK)
         if len(header) == BLOCK and not any(header):
             if whole and any(any(read(o, 1 << 20)) for o in range(position, end, 1 << 20)):
-                raise CorruptShard(f"data after the end-of-archive marker at byte {position}")
+                raise CorruptShardError(f"data after the end-of-archive marker at byte {position}")
             return
         _check(header, position)
         size, kind = _size(header), header[156:157]
         following = position + BLOCK + -(-size // BLOCK) * BLOCK
         if following > end:
-            raise CorruptShard(f"truncated member at byte {position}: {following - end} bytes are missing")
+            raise CorruptShardError(
+                f"truncated member at byte {position}: {following - end} bytes are missing"
+            )
         if kind == b"x":
             match = _PAX_PATH.search(read(position + BLOCK, size))
             long_name = match[1].decode() if match else long_name
@@ -95,7 +97,7 @@ def members(read: Read, start: int, end: int, *, whole: bool) -> Iterator[Member
             first, long_name = following, None
         position = following
     if whole:
-        raise CorruptShard("no end-of-archive marker: the file was cut")
+        raise CorruptShardError("no end-of-archive marker: the file was cut")
 
 
 def parse_sample(buffer: bytes) -> tuple[str, dict[str, bytes]]:
@@ -108,7 +110,7 @@ def parse_sample(buffer: bytes) -> tuple[str, dict[str, bytes]]:
         The sample's key, and its fields by lower-case extension.
 
     Raises:
-        CorruptShard: the bytes hold no sample, or a damaged one.
+        CorruptShardError: the bytes hold no sample, or a damaged one.
     """
     key, fields = None, {}
     for member in members(lambda o, n: buffer[o : o + n], 0, len(buffer), whole=False):
@@ -117,5 +119,5 @@ def parse_sample(buffer: bytes) -> tuple[str, dict[str, bytes]]:
             key = split[0]
             fields[split[1]] = bytes(buffer[member.data : member.data + member.size])
     if key is None:
-        raise CorruptShard("no sample at this place")
+        raise CorruptShardError("no sample at this place")
     return key, fields

@@ -38,7 +38,9 @@ def _check(sample: dict[str, bytes], fields: Sequence[str] | None, index: int) -
             "base name and lower-case fields; rename them"
         )
     if missing := sorted(set(fields or ()) - found):
-        raise DataError(f"sample {key!r} lacks the fields {missing}, found {sorted(found)}; add them to the source")
+        raise DataError(
+            f"sample {key!r} lacks the fields {missing}, found {sorted(found)}; add them to the source"
+        )
     return key
 
 
@@ -102,12 +104,18 @@ def write_shards(
         DataError: no samples, a bad key, or a missing field.
     """
     if not len(source):
-        raise DataError(f"there are no samples for {out_dir / split}; expected at least one; check the source")
+        raise DataError(
+            f"there are no samples for {out_dir / split}; expected at least one; check the source"
+        )
     folder = out_dir / split
     folder.mkdir(parents=True, exist_ok=True)
     total = -(-len(source) // shard_size)
     jobs = [
-        (folder / f"{split}-{i:06d}-of-{total:06d}.tar", i * shard_size, min((i + 1) * shard_size, len(source)))
+        (
+            folder / f"{split}-{i:06d}-of-{total:06d}.tar",
+            i * shard_size,
+            min((i + 1) * shard_size, len(source)),
+        )
         for i in range(total)
     ]
     old = _earlier(folder)

@@ -19,7 +19,9 @@ class StatelessRNG(Callback):
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Seed from the batch's number."""
         key = f"{self.seed}/{trainer.global_rank}/{trainer.fit_loop.epoch_loop.total_batch_idx}"
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()

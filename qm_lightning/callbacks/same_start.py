@@ -19,4 +19,6 @@ class SameStart(Callback):
         dist.all_gather_object(seen, (trainer.global_step, str(trainer.ckpt_path)))
         if len({step for step, _ in seen}) > 1:
             found = ", ".join(f"rank {i}: step {step} from {path}" for i, (step, path) in enumerate(seen))
-            raise UserError(f"ranks start at different steps ({found}); put the run directory where every node sees it")
+            raise UserError(
+                f"ranks start at different steps ({found}); put the run directory where every node sees it"
+            )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import datamodules.image  # noqa: F401  # makes the short class name known: --data ImageDataModule
+from datamodules.errors import DataError
 from qm_lightning.callbacks.pictures import MergePictures
 from qm_lightning.errors import UserError
 from qm_lightning.modules import QuickMergeModule
@@ -59,15 +60,25 @@ class QuickMergeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of a run, beside those of trainer, model and data."""
-        parser.add_argument("--name", type=str, default="run", help="Name of the experiment: runs/NAME/VERSION.")
-        parser.add_argument("--run_dir", type=str | None, default=None, help="Exact run directory.")
-        parser.add_argument("--fresh", type=bool, default=False, help="Start anew in a run directory with history.")
         parser.add_argument(
-            "--checkpoint_every", type=int, default=100, help="Optimizer steps between checkpoints step_*.ckpt."
+            "--name", type=str, default="run", help="Name of the experiment: runs/NAME/VERSION."
+        )
+        parser.add_argument("--run_dir", type=str | None, default=None, help="Exact run directory.")
+        parser.add_argument(
+            "--fresh", type=bool, default=False, help="Start anew in a run directory with history."
+        )
+        parser.add_argument(
+            "--checkpoint_every",
+            type=int,
+            default=100,
+            help="Optimizer steps between checkpoints step_*.ckpt.",
         )
         parser.add_class_arguments(TrackingOptions, "logger")
         parser.link_arguments(
-            "data", "model.init_args.vocab_size", compute_fn=lambda data: data.vocab_size, apply_on="instantiate"
+            "data",
+            "model.init_args.vocab_size",
+            compute_fn=lambda data: data.vocab_size,
+            apply_on="instantiate",
         )
         parser.link_arguments(
             "data", "model.init_args.eos_id", compute_fn=lambda data: data.eos_id, apply_on="instantiate"
@@ -97,9 +108,11 @@ class QuickMergeCLI(LightningCLI):
         self._dump_config()
         if self.subcommand == "fit" and not options.fast_dev_run:
             options.callbacks = [*(options.callbacks or []), *self._callbacks(config)]
-            options.logger = make_loggers(self.run.path, config.name, config.logger, self.config_dump, _rank())
+            options.logger = make_loggers(
+                self.run.path, config.name, config.logger, self.config_dump, _rank()
+            )
         world = resolve_world(dict(os.environ), options.devices if isinstance(options.devices, int) else 1)
-        self.run.write_config(self.config_dump, self.subcommand)
+        self.run.write_config(self.config_dump, str(self.subcommand))
         return super().instantiate_trainer(
             default_root_dir=str(self.run.path),
             devices=world.devices,
@@ -168,5 +181,18 @@ def main(argv: Sequence[str]) -> int:
         QuickMergeCLI(argv)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except ValueError as error:
+        # jsonargparse tries every type of a union and wraps what each of them raised.
+        if mistake := _mistake(error):
+            raise mistake from error
+        raise
     return 0
 
+
+def _mistake(error: BaseException | None) -> UserError | DataError | None:
+    """The user's mistake behind an exception, if there is one."""
+    while error is not None:
+        if isinstance(error, UserError | DataError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -79,7 +79,9 @@ def top_mask(scores: Tensor, mask: Tensor, counts: Tensor, protected: Tensor | N
     if protected is not None:
         scores = scores.masked_fill(protected, float("inf"))
     order = scores.masked_fill(~mask, -float("inf")).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return (rank < counts[:, None]) & mask
 
 
@@ -120,7 +122,9 @@ def assemble(
     slot = torch.where(member, assignment, K)  # dropped tokens go to a slot that is cut off
     weights = weights * member.to(weights.dtype)
     mass = weights.new_zeros(B, K + 1).scatter_add(1, slot, weights)
-    share = torch.where(member, weights / mass.gather(1, slot).clamp(min=torch.finfo(weights.dtype).tiny), 0.0)
+    share = torch.where(
+        member, weights / mass.gather(1, slot).clamp(min=torch.finfo(weights.dtype).tiny), 0.0
+    )
     flat = slot + torch.arange(B, device=slot.device)[:, None] * (K + 1)
     weighted = tokens.values * share.unsqueeze(-1).to(tokens.values.dtype)
     # Padding may hold NaN, and zero times NaN is NaN.
@@ -149,7 +153,9 @@ def assemble(
     )
 
 
-def prune(tokens: Tokens, chosen: Tensor, slots: int, losses: dict[str, Tensor] | None = None) -> MergedTokens:
+def prune(
+    tokens: Tokens, chosen: Tensor, slots: int, losses: dict[str, Tensor] | None = None
+) -> MergedTokens:
     """Keep the chosen tokens as they are and drop the rest.
 
     Args:

@@ -107,7 +107,9 @@ class EntropyBudget(Budget):
         if self.compression == 1.0:
             return valid
         target = valid.double() / self.compression
-        counts = (self.rho * self.effective_tokens(salience, mask)).clamp(self.floor * target, self.ceiling * target)
+        counts = (self.rho * self.effective_tokens(salience, mask)).clamp(
+            self.floor * target, self.ceiling * target
+        )
         counts = counts.round().long().clamp(min=1).minimum(valid)
         if self.training:
             self._control(valid, counts)

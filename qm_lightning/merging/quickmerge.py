@@ -73,7 +73,9 @@ class QuickMerge(Merger):
             counts = counts.maximum(need)
         scores = self._noisy(salience, tokens)
         chosen = top_mask(scores, mask, counts, tokens.protected)
-        slots = width(counts, min(mask.shape[1], self.budget.bound(mask.shape[1]) + self._protected_bound(tokens)))
+        slots = width(
+            counts, min(mask.shape[1], self.budget.bound(mask.shape[1]) + self._protected_bound(tokens))
+        )
         anchors = chosen_indices(chosen, slots)
         assignment = self._group(tokens, chosen, anchors, counts)
         gate = chosen.to(salience.dtype) + self._soft_gate(scores, chosen, mask)

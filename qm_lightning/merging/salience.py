@@ -74,7 +74,7 @@ class Salience(nn.Module):
             raise UserError("learn_weights=True needs the width of the tokens: pass input_dim= and layers=")
         features = self._features(tokens.attention, tokens.mask)
         s = torch.einsum("lf,flbn->bn", self.weight.to(features.dtype), features) / features.shape[1]
-        readout = self.readout(tokens.values.to(self.weight.dtype)).squeeze(-1)
+        readout: Tensor = self.readout(tokens.values.to(self.weight.dtype)).squeeze(-1)
         return (s + readout).masked_fill(~tokens.mask, 0.0)
 
     @staticmethod

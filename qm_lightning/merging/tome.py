@@ -74,7 +74,9 @@ def match(tokens: Tokens, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _start(tokens: Tokens) -> _State:
     B, N = tokens.mask.shape
     metric = tokens.values if tokens.metric is None else tokens.metric
-    metric = metric.to(torch.promote_types(metric.dtype, torch.float32)).masked_fill(~tokens.mask.unsqueeze(-1), 0.0)
+    metric = metric.to(torch.promote_types(metric.dtype, torch.float32)).masked_fill(
+        ~tokens.mask.unsqueeze(-1), 0.0
+    )
     size = metric.new_ones(B, N) if tokens.size is None else tokens.size.to(metric.dtype)
     protected = torch.zeros_like(tokens.mask) if tokens.protected is None else tokens.protected
     index = torch.arange(N, device=metric.device).expand(B, N)
@@ -85,7 +87,9 @@ def _start(tokens: Tokens) -> _State:
 def _ordered(state: _State, alive: Tensor, anchor: Tensor) -> _State:
     """Put the groups that are alive first, in the order of their anchors."""
     order = torch.where(alive, anchor, torch.iinfo(torch.long).max).argsort(dim=1, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     group = torch.where(state.group >= 0, rank.gather(1, state.group.clamp(min=0)), -1)
     n = int(alive.sum(1).max()) if alive.device.type == "cpu" else alive.shape[1]
     order = order[:, :n]
@@ -112,9 +116,13 @@ def _round(state: _State, remove: Tensor) -> _State:
     similarity = similarity.masked_fill(~open_[:, 1::2].unsqueeze(1), -float("inf"))
     best, partner = similarity.max(-1)
     best = best.masked_fill(~open_[:, 0::2], -float("inf"))
-    limit = ((state.alive.sum(1) - state.protected.sum(1)) // 2).minimum(best.isfinite().sum(1)).minimum(remove)
+    limit = (
+        ((state.alive.sum(1) - state.protected.sum(1)) // 2).minimum(best.isfinite().sum(1)).minimum(remove)
+    )
     order = best.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     gone = torch.zeros_like(state.alive)
     gone[:, 0::2] = rank < limit[:, None]
     target = torch.arange(n, device=gone.device).expand_as(gone).clone()

@@ -38,7 +38,9 @@ class UniformPool(Merger):
         group = torch.where(kept, kept.long().cumsum(1) - 1, group + kept.sum(1, keepdim=True))
         group = group.masked_fill(~tokens.mask, -1)
         counts = counts + kept.sum(1)
-        bound = tokens.mask.shape[1] if tokens.protected is not None else self.budget.bound(tokens.mask.shape[1])
+        bound = (
+            tokens.mask.shape[1] if tokens.protected is not None else self.budget.bound(tokens.mask.shape[1])
+        )
         return _named(tokens, group, counts, width(counts, bound))
 
 
@@ -49,7 +51,9 @@ def _named(tokens: Tokens, group: Tensor, counts: Tensor, slots: int) -> MergedT
     slot = torch.where(group >= 0, group, slots)
     first = group.new_full((B, slots + 1), N).scatter_reduce(1, slot, index, "amin")[:, :slots]
     order = first.argsort(dim=1, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(slots, device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(slots, device=order.device).expand_as(order)
+    )
     assignment = torch.where(group >= 0, rank.gather(1, group.clamp(min=0)), -1)
     anchors = first.gather(1, order).clamp(max=N - 1)
     dtype = torch.promote_types(tokens.values.dtype, torch.float32)
@@ -66,7 +70,7 @@ def _blocks(positions: Tensor, free: Tensor, counts: Tensor) -> Tensor:
     n = free.sum(1, keepdim=True)
     K = counts[:, None]
     P = positions.shape[-1]
-    big = int(2**40)
+    big = 2**40
     raster = _rank(torch.where(free, torch.arange(free.shape[1], device=free.device), big))
     if P == 1:
         return raster * K // n

@@ -65,7 +65,9 @@ class BackbonePretrainModule(LightningModule):
         logits, labels = self._logits_and_labels(batch)
         labels = labels.masked_fill(~batch["valid"][:, None], -100)
         counted = labels != -100
-        total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=-100)
+        total = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=-100
+        )
         loss = global_mean(total, counted.sum())
         correct = (logits.argmax(-1) == labels) & counted
         size = int(batch["valid"].shape[0])
@@ -93,7 +95,7 @@ class BackbonePretrainModule(LightningModule):
 
     def on_fit_end(self) -> None:
         """Save the backbone (without the head) under a temporary name, then rename."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+        if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
             self.save_backbone()
 
     @torch.no_grad()

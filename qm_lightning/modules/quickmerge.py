@@ -67,11 +67,12 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
             if vocab_size is None:
                 raise ValueError("vocab_size is needed to build the prior; or pass an ARPrior")
             prior = prior(backbone.hidden_size, vocab_size)
-        self.prior = prior
+        self.prior: ARPrior = prior  # type: ignore[assignment]  # an ARPrior was passed, or has just been made
         self.eos_id = eos_id
         self.weights = losses or LossWeights()
         self.options = optimizer or OptimizerOptions()
-        self.metrics = nn.ModuleDict({f"{stage}_metrics": QualityMetrics() for stage in ("val", "test")})
+        self.val_metrics = QualityMetrics()
+        self.test_metrics = QualityMetrics()
 
     def merge(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens]:
         """Backbone and merger: what the prior reads, and what it was made from."""
@@ -114,10 +115,12 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         self.log("train/merged/variance", collapse_variance(merged, batch["valid"]), batch_size=size)
         return losses["total"]
 
+    def _metrics(self, stage: str) -> QualityMetrics:
+        return self.val_metrics if stage == "val" else self.test_metrics
+
     def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
         tokens, merged, output = self(batch)
-        metrics = self.metrics[f"{stage}_metrics"]
-        metrics.update(tokens, merged, output, batch["targets"], batch["valid"])
+        self._metrics(stage).update(tokens, merged, output, batch["targets"], batch["valid"])
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Update the validation metrics."""
@@ -128,8 +131,10 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         self._evaluate(batch, "test")
 
     def _log_metrics(self, stage: str) -> None:
-        metrics = self.metrics[f"{stage}_metrics"]
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.compute().items()}, sync_dist=False)
+        metrics = self._metrics(stage)
+        self.log_dict(
+            {f"{stage}/{name}": value for name, value in metrics.compute().items()}, sync_dist=False
+        )
         metrics.reset()
 
     def on_validation_epoch_end(self) -> None:

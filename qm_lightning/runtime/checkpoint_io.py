@@ -36,7 +36,9 @@ def load_checkpoint_file(path: Path) -> dict[str, Any]:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes to a temporary name in the same directory, flushes, renames; loads with ``weights_only``."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
+    ) -> None:
         """Save; a full disk keeps the old file."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +54,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.close(descriptor)
         except OSError as error:
             kept = "the older file is kept" if target.exists() else "nothing was written"
-            raise UserError(f"the checkpoint {target} could not be saved ({error}); {kept}; free some space") from error
+            raise UserError(
+                f"the checkpoint {target} could not be saved ({error}); {kept}; free some space"
+            ) from error
         finally:
             staging.unlink(missing_ok=True)
 

@@ -40,7 +40,11 @@ def wandb_mode(requested: str | None = None) -> tuple[str, str]:
         logged_in = wandb.login(prompt=False)
     except Exception as error:  # noqa: BLE001, RUF100  # whatever the service answers, the training goes on
         return "offline", f"W&B cannot be reached or refused the key ({type(error).__name__})"
-    return ("online", "logged in") if logged_in else ("offline", "no W&B key (set WANDB_API_KEY, or run wandb login)")
+    return (
+        ("online", "logged in")
+        if logged_in
+        else ("offline", "no W&B key (set WANDB_API_KEY, or run wandb login)")
+    )
 
 
 def _run_id(run_dir: Path) -> str:
@@ -68,7 +72,9 @@ class MetricsCsv(CSVLogger):
         return str(self._save_dir)
 
 
-def make_loggers(run_dir: Path, name: str, options: TrackingOptions, config: dict[str, Any], rank: int) -> list[Logger]:
+def make_loggers(
+    run_dir: Path, name: str, options: TrackingOptions, config: dict[str, Any], rank: int
+) -> list[Logger]:
     """Make the loggers of a training.
 
     Args:

@@ -33,7 +33,9 @@ class RunDirectory:
 
     def write_config(self, config: dict[str, Any], verb: str) -> None:
         """Write config.yaml (``fit``) or config_VERB.yaml, on the first rank only."""
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) or int(os.environ.get("LOCAL_RANK", "0")):
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) or int(
+            os.environ.get("LOCAL_RANK", "0")
+        ):
             return
         self.path.mkdir(parents=True, exist_ok=True)
         target = self.path / ("config.yaml" if verb == "fit" else f"config_{verb}.yaml")
@@ -79,12 +81,16 @@ def _version(name: str, *, verb: str, resume: bool) -> Path:
         if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
             job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
             if job in (None, "none"):
-                raise UserError("several processes found no common name for the run; expected --run_dir DIR; pass it")
+                raise UserError(
+                    "several processes found no common name for the run; expected --run_dir DIR; pass it"
+                )
             return root / f"job_{job}"
         # A run that Lightning forks into several local processes passes its directory on.
         return root / os.environ.setdefault("QM_RUN_VERSION", time.strftime("%Y%m%d-%H%M%S"))
     if not versions:
-        raise UserError(f"there is no run under {root}; expected one to go on with; train first, or pass --run_dir DIR")
+        raise UserError(
+            f"there is no run under {root}; expected one to go on with; train first, or pass --run_dir DIR"
+        )
     return versions[-1]
 
 
@@ -98,7 +104,9 @@ def _candidates(folder: Path, wanted: str | None) -> list[Path]:
 
 def _resolve(folder: Path, wanted: str | None) -> Path:
     if wanted and "://" in wanted:
-        raise UserError(f"--ckpt_path {wanted} is a URL; expected a local file; download it and look at it first")
+        raise UserError(
+            f"--ckpt_path {wanted} is a URL; expected a local file; download it and look at it first"
+        )
     if wanted not in (None, "last", "best"):
         load_checkpoint_file(Path(wanted))
         return Path(wanted)
