@@ -12,9 +12,10 @@ from datamodules.sources.splits import Split
 
 # What makes up the same corpus on every machine: slim installations lack the tests, 3.12 lacks distutils and
 # lib2to3 goes in 3.13; pydoc_data and encodings are tables.
+_TESTS = ("test", "tests", "idle_test")
+_TABLES = ("pydoc_data", "encodings")
 _LEFT_OUT = frozenset(
-    ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
-    + ("distutils", "lib2to3", "pydoc_data", "encodings")
+    ("site-packages", "dist-packages", "__pycache__", "distutils", "lib2to3", *_TESTS, *_TABLES)
 )
 _SHARES: tuple[tuple[Split, float], ...] = (("train", 0.80), ("val", 0.05), ("test", 0.15))
 _SHORTEST = 512  # bytes; shorter files are mostly imports of others

@@ -26,7 +26,9 @@ MERGERS = [QuickMerge, ToMe, UniformPool, RandomPrune, TopKPrune]
 AVERAGING = [ToMe, UniformPool]
 
 
-def make_tokens(seed: int = 0, samples: int = 3, tokens: int = 24, dim: int = 8, grid: bool = False) -> Tokens:
+def make_tokens(
+    seed: int = 0, samples: int = 3, tokens: int = 24, dim: int = 8, grid: bool = False
+) -> Tokens:
     random = torch.Generator().manual_seed(seed)
     values = torch.randn(samples, tokens, dim, generator=random, dtype=torch.float64)
     lengths = torch.tensor([tokens, tokens - 5, 2])[:samples]
@@ -40,7 +42,9 @@ def make_tokens(seed: int = 0, samples: int = 3, tokens: int = 24, dim: int = 8,
 
 def part(tokens: Tokens, rows: slice, columns: slice) -> Tokens:
     assert tokens.attention is not None
-    stats = AttentionStats(tokens.attention.entropy[:, rows, columns], tokens.attention.norm[:, rows, columns])
+    stats = AttentionStats(
+        tokens.attention.entropy[:, rows, columns], tokens.attention.norm[:, rows, columns]
+    )
     return Tokens(
         tokens.values[rows, columns],
         tokens.mask[rows, columns],
@@ -113,7 +117,12 @@ class TestInvariants:
         protected = torch.zeros_like(tokens.mask)
         protected[:, 0] = True
         with_class = Tokens(
-            tokens.values, tokens.mask, tokens.positions, tokens.attention, protected=protected, seeds=tokens.seeds
+            tokens.values,
+            tokens.mask,
+            tokens.positions,
+            tokens.attention,
+            protected=protected,
+            seeds=tokens.seeds,
         )
         merged = kind(budget=FixedBudget(8.0))(with_class)  # type: ignore[call-arg]
         assert (merged.assignment[:, 0] == 0).all()

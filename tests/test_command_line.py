@@ -1,0 +1,143 @@
+"""The main job as a user types it: shards, backbone, fit, resume, test, predict; and one clear line for each mistake."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from datamodules.errors import DataError
+from datamodules.shards.writer import write_shards
+from datamodules.sources.image import DigitScenes
+from qm_lightning.backbones.small import preprocessing_of, save_backbone, small_vit
+from qm_lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shards")
+    for split, count in (("train", 48), ("val", 10), ("test", 10)):
+        write_shards(root, split, DigitScenes(split, count, 0), shard_size=20, progress=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("backbone")
+    model = small_vit(width=32, depth=2, heads=2)
+    save_backbone(model, folder, preprocessing_of(model))
+    return folder
+
+
+def options(shards: Path, backbone: Path, run: Path) -> list[str]:
+    return [
+        "--config", str(ROOT / "configs/experiment/image.yaml"),
+        "--run_dir", str(run),
+        "--data.root", str(shards),
+        "--data.batch_size", "8",
+        "--model.backbone.name_or_path", str(backbone),
+        "--model.backbone.layers", "2",
+        "--model.prior.init_args.dim", "32",
+        "--model.prior.init_args.depth", "1",
+        "--model.prior.init_args.heads", "2",
+        "--trainer.enable_progress_bar", "false",
+        "--trainer.enable_model_summary", "false",
+        "--logger.mode", "offline",
+    ]  # fmt: skip
+
+
+def test_the_main_job(shards: Path, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    base = options(shards, backbone, run)
+    length = ["--trainer.val_check_interval", "2", "--checkpoint_every", "2"]
+    assert main(["fit", *base, *length, "--trainer.max_steps", "4"]) == 0
+    assert (run / "config.yaml").is_file()
+    assert (run / "checkpoints/best.ckpt").is_file()
+    assert (run / "checkpoints/step_00000002.ckpt").is_file()
+    weights = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert weights["global_step"] == 4
+    assert not [key for key in weights["state_dict"] if key.startswith("backbone.")]
+
+    assert main(["fit", *base, *length, "--trainer.max_steps", "4"]) == 2  # history: no silent start from zero
+    assert main(["fit", *base, *length, "--trainer.max_steps", "6", "--ckpt_path", "last"]) == 0
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+
+    assert main(["test", *base]) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["merger"] == "QuickMerge"
+    assert 0 < results["metrics"]["quality/nats"] < 10
+    assert 1 < results["metrics"]["tokens/compression"] < 64
+    assert results["cost"]["prior_flops_per_sample"] > 0
+
+    assert main(["predict", *base]) == 0
+    lines = (run / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["position"] for line in lines] == list(range(10))
+
+
+@pytest.mark.parametrize("merger", ["ToMe", "UniformPool", "RandomPrune", "TopKPrune", "NoMerge"])
+def test_rivals_by_one_flag(
+    merger: str, shards: Path, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = options(shards, backbone, tmp_path / "run")
+    flags = [] if merger == "NoMerge" else ["--model.merger.budget.class_path", "qm_lightning.merging.FixedBudget"]
+    assert main(["fit", *base, "--model.merger", merger, *flags, "--trainer.fast_dev_run", "true"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--trainer.max_step", "3"], "max_step"),
+        (["--trainer.max_steps", "many"], "max_steps"),
+        (["--data.root", "nowhere"], "nowhere"),
+        (["--model.backbone.name_or_path", "missing/backbone"], "missing/backbone"),
+        (["--model.merger.budget.compression", "0.5"], "at least 1"),
+        (["--model.merger", "os.system"], "os.system"),
+        (["--ckpt_path", "last"], "no checkpoint"),
+    ],
+)
+def test_mistakes_are_one_line(
+    extra: list[str],
+    expected: str,
+    shards: Path,
+    backbone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *options(shards, backbone, tmp_path / "run"), *extra]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert expected in line
+
+
+def test_help_and_version_answer_without_torch() -> None:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "compare" in done.stdout
+    assert time.perf_counter() - start < 5  # a machine under load; torch alone takes longer than this there
+    assert main(["--version"]) == 0
+    assert main(["fitt"]) == 2
+
+
+def test_every_experiment_points_to_files_that_exist() -> None:
+    found = sorted((ROOT / "configs/experiment").rglob("*.yaml"))
+    assert len(found) >= 2
+    for path in found:
+        for key in ("model", "data", "trainer", "logger"):
+            assert (path.parent / yaml.safe_load(path.read_text())[key]).is_file()
+
+
+def test_a_shard_folder_without_index_says_what_to_do(tmp_path: Path) -> None:
+    from datamodules.shards.manifest import Manifest
+
+    with pytest.raises(DataError, match="prepare"):
+        Manifest.load(tmp_path)
