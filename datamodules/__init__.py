@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datamodules.image import ImageDataModule
+    from datamodules.text import TextDataModule
 
-__all__ = ["ImageDataModule"]
+__all__ = ["ImageDataModule", "TextDataModule"]
 
-_MODULES = {"ImageDataModule": "image"}
+_MODULES = {"ImageDataModule": "image", "TextDataModule": "text"}
 
 
 def __getattr__(name: str) -> Any:

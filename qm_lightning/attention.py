@@ -184,16 +184,11 @@ def _walk(
             scores += bias if bias.shape[2] == 1 else bias[:, :, start:stop]
         if is_causal:
             scores.masked_fill_(_future(start, stop, last, scores.device), float("-inf"))
-        lse = scores.logsumexp(dim=-1, keepdim=True)
-        weights = (scores - lse).exp()
-        unseen = (
-            weights == 0
-        )  # their score may be -inf, and 0 * inf is not 0; a row with no key at all is nan
-        expected = (weights * scores).masked_fill_(unseen, 0.0).sum(-1)
-        entropy[:, :, start:stop] = lse.squeeze(-1) - expected
+        weights = scores.softmax(dim=-1)  # a row without a visible key is nan; the caller overwrites it
+        entropy[:, :, start:stop] = torch.special.entr(weights).sum(-1)
         if gains is not None and tokens is not None:
             counted = tokens if tokens.shape[1] == 1 else tokens[:, start:stop]
-            given = weights.nan_to_num_(0.0).mean(dim=1) * counted.unsqueeze(-1)
+            given = weights.mean(dim=1).nan_to_num_(0.0) * counted.unsqueeze(-1)
             gains[:, :last] += given.sum(dim=1)
     return entropy, gains
 

@@ -202,11 +202,11 @@ class StreamLoader:
                 "resume with the release that wrote it"
             )
         if state["fingerprint"] != self._fingerprint:
+            then = f"{state['samples']} samples in {state['shards']} shards ({state['fingerprint']})"
+            now = f"{self.total} in {len(self._spec.shards)} ({self._fingerprint})"
             raise DataError(
-                f"the shards changed since this checkpoint: it saw {state['samples']} samples "
-                f"in {state['shards']} shards (fingerprint {state['fingerprint']}), now there are "
-                f"{self.total} in {len(self._spec.shards)} ({self._fingerprint}); restore the shards, or start "
-                "a new run from its weights"
+                f"the shards changed since this checkpoint: it saw {then}, now there are {now}; restore the "
+                "shards, or start a new run from its weights"
             )
 
     # Iteration ------------------------------------------------------------------------------------------

@@ -13,10 +13,11 @@ import numpy as np
 
 from datamodules.errors import DataError
 from datamodules.shards.hashing import Int
-from datamodules.shards.index import load_offsets
+from datamodules.shards.index import Offsets, load_offsets
 from datamodules.shards.tar import parse_sample
 
 MAX_OPEN = 64  # descriptors of one reader; batches rarely touch more shards
+INDEX_BYTES = 64 << 20  # indexes kept in memory, copied: a mapped one would hold a descriptor
 MAX_RUN = 8 << 20  # bytes that one read may fetch
 RETRIES = (0.05, 0.3, 1.5)  # seconds before another try after an I/O error
 
@@ -53,7 +54,8 @@ class SampleReader:
     def __init__(self, shards: Sequence[ShardFile], locate: Callable[[str], Path]) -> None:
         self._shards, self._locate = shards, locate
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._offsets: dict[int, np.ndarray[tuple[int], np.dtype[np.uint64]]] = {}
+        self._offsets: OrderedDict[int, Offsets] = OrderedDict()
+        self._offset_bytes = 0
 
     def __del__(self) -> None:
         self.close()
@@ -115,16 +117,21 @@ class SampleReader:
                     out[slot] = error
         return out
 
-    def _index(self, shard: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    def _index(self, shard: int) -> Offsets:
         if (offsets := self._offsets.get(shard)) is None:
             info = self._shards[shard]
-            offsets = load_offsets(self._locate(info.name + ".idx"))
+            offsets = np.array(load_offsets(self._locate(info.name + ".idx")))
             if len(offsets) != info.samples + 1:
                 raise DataError(
                     f"{info.name}.idx holds {len(offsets) - 1} samples, the manifest says {info.samples}; "
                     "run `python -m datamodules index` on the directory again"
                 )
+            self._offset_bytes += offsets.nbytes
+            while self._offsets and self._offset_bytes > INDEX_BYTES:
+                self._offset_bytes -= self._offsets.popitem(last=False)[1].nbytes
             self._offsets[shard] = offsets
+        else:
+            self._offsets.move_to_end(shard)
         return offsets
 
     def _fetch(self, shard: int, start: int, end: int) -> bytes:

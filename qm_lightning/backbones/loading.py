@@ -71,7 +71,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _network(allowed: bool) -> Iterator[None]:
-    """Keep off the network unless ``allowed``: with local_files_only alone huggingface_hub still calls home."""
+    """Keep off the network unless ``allowed``: despite local_files_only huggingface_hub still calls home."""
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or not allowed
     try:

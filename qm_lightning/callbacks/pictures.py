@@ -88,13 +88,17 @@ class MergePictures(Callback):
             return
         from qm_lightning.pictures import merge_picture
 
+        wanted = [i for i, real in enumerate(batch["valid"].tolist()) if real][: self.samples]
+        try:
+            inputs = [datamodule.describe_input(batch, i) for i in wanted]
+        except NotImplementedError:  # a DataModule of one's own need not describe its inputs
+            return
         with trainer.precision_plugin.forward_context():
             tokens, merged = pl_module.merge(batch)  # type: ignore[operator]  # QuickMergeModule's, or one like it
         self.directory.mkdir(parents=True, exist_ok=True)
         paths, captions = [], []
-        wanted = [i for i, real in enumerate(batch["valid"].tolist()) if real][: self.samples]
-        for i in wanted:
-            figure = merge_picture(datamodule.describe_input(batch, i), merged, i, tokens=tokens)
+        for i, described in zip(wanted, inputs, strict=True):
+            figure = merge_picture(described, merged, i, tokens=tokens)
             key = re.sub(r"[^A-Za-z0-9_-]+", "_", batch["keys"][i])
             paths.append(self.directory / f"{stage}-{i:02d}-{key}.png")
             captions.append(

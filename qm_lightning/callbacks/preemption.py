@@ -1,47 +1,162 @@
-"""A signal on any rank: every rank leaves at the same step with a complete last.ckpt (spec runtime.md, section 2)."""
+"""Leaves a training in good order when the machine is taken away."""
 
 from __future__ import annotations
 
+import os
 import signal
-from pathlib import Path
+import subprocess
+import sys
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
 
-EXIT_CODE = 75  # EX_TEMPFAIL: never mistaken for success
+from qm_lightning.callbacks.loop_state import (
+    between_steps,
+    flush_step_metrics,
+    mark_validation_due,
+    validation_follows,
+)
+from qm_lightning.runtime.rendezvous import cpu_group
+from qm_lightning.runtime.run_directory import RunDirectory
+from qm_lightning.runtime.world import slurm_job_name
+
+EXIT_CODE = 75  # EX_TEMPFAIL: try again later; never mistaken for success
+
+# SIGUSR1 announces a time limit (SLURM's --signal): the job must ask for its next turn itself. SIGTERM comes
+# with a pre-emption, after which SLURM requeues by itself, or with scancel: nobody wants the job back.
+_LEAVE, _LEAVE_AND_REQUEUE = 1, 2
+
+
+class Preempted(SystemExit):
+    """Ends the process with exit code 75, through every ``finally`` on the way."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_CODE)
 
 
 class PreemptionGuard(Callback):
-    """Saves and leaves with exit code 75 on SIGTERM or SIGUSR1.
+    """A signal on any rank: every rank leaves at the same optimizer step, with a complete ``last.ckpt``.
+
+    The handler only takes a note. Ranks compare notes over gloo, on the host: no GPU is waited for.
 
     Args:
-        directory: where last.ckpt goes.
-        every: steps between agreements of the ranks on an accelerator; on the CPU every step.
+        run: the run's directory.
+        every: optimizer steps between two comparisons; ``None``: 1 on the CPU, 10 on accelerators.
     """
 
-    def __init__(self, directory: Path, every: int = 10) -> None:
-        self.directory = directory
+    def __init__(self, run: RunDirectory, every: int | None = None) -> None:
+        self.path = run.checkpoints / "last.ckpt"
         self.every = every
-        self._asked = False
+        self._noted = 0
+        self._in_validation = False
+        self._previous: dict[int, Any] = {}
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replace Lightning's handlers, which would start a collective in the middle of whatever runs."""
+        self._install(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace Lightning's handlers, which run a collective inside the handler; it restores the originals."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._mark)
+        """As above: a resumed training has no sanity check."""
+        self._install(trainer)
 
-    def _mark(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+    def _install(self, trainer: Trainer) -> None:
+        if self._previous:
+            return
+        cpu_group()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._previous[number] = signal.signal(number, self._note)
+        # Lightning asks rank 0 before every batch, on the device; ours is the one question.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = max(self._noted, _LEAVE_AND_REQUEUE if number == signal.SIGUSR1 else _LEAVE)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Leave together, after a whole optimizer step."""
-        if trainer.fit_loop.epoch_loop._should_accumulate():
+        """Leave if any rank was told to; a validation that comes next is left from there."""
+        if not between_steps(trainer):
             return
-        if trainer.strategy.root_device.type != "cpu" and (batch_idx + 1) % self.every:
+        every = self.every or (1 if trainer.strategy.root_device.type == "cpu" else 10)
+        if trainer.global_step % every or validation_follows(trainer):
             return
-        if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
-            trainer.save_checkpoint(self.directory / "last.ckpt")
-            print(f"stopped by a signal at step {trainer.global_step}; go on with --ckpt_path last")
-            raise SystemExit(EXIT_CODE)
+        if verdict := self._compare_notes():
+            trainer.save_checkpoint(self.path)
+            flush_step_metrics(trainer)
+            self._leave(trainer, verdict)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave before the first batch."""
+        self._check_in_validation(trainer)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Leave between two batches; every rank has the same number of them."""
+        self._check_in_validation(trainer)
+
+    def _check_in_validation(self, trainer: Trainer) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not between_steps(trainer):
+            return
+        if verdict := self._compare_notes():
+            self._in_validation = True
+            trainer.save_checkpoint(self.path)
+            self._leave(trainer, verdict)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A checkpoint from the middle of a validation repeats it."""
+        if self._in_validation:
+            mark_validation_due(checkpoint)
+
+    def _compare_notes(self) -> int:
+        group = cpu_group()
+        if group is None:
+            return self._noted
+        note = torch.tensor(self._noted)
+        dist.all_reduce(note, op=dist.ReduceOp.MAX, group=group)
+        return int(note)
+
+    def _leave(self, trainer: Trainer, verdict: int) -> None:
+        if trainer.is_global_zero:
+            print(
+                f"pre-empted: saved step {trainer.global_step} to {self.path}, exit code {EXIT_CODE}",
+                flush=True,
+            )
+            if verdict == _LEAVE_AND_REQUEUE:
+                requeue()
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.experiment.mark_preempting()
+        raise Preempted
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._previous = {}
+
+
+def requeue() -> None:
+    """Ask SLURM to start the job again; says so if it refuses. Does nothing outside of SLURM."""
+    job = slurm_job_name(os.environ)
+    if not job:
+        return
+    try:
+        done = subprocess.run(
+            ["scontrol", "requeue", job], capture_output=True, text=True, timeout=30, check=False
+        )
+        problem = done.stderr.strip() if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    if problem:
+        print(
+            f"warning: scontrol requeue {job} failed: {problem}; submit it again", file=sys.stderr, flush=True
+        )
+    else:
+        print(f"pre-empted: requeued SLURM job {job}", flush=True)

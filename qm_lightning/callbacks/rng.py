@@ -1,4 +1,4 @@
-"""Random numbers of a step that follow from (seed, rank, step): the same after a resume, different on each rank."""
+"""Random numbers as a pure function of (seed, rank, batch): a resume needs no stored generator state."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
+def stream_seed(*parts: object) -> int:
+    """A 63-bit seed from what names a stream of random numbers."""
+    key = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
 class StatelessRNG(Callback):
-    """Seeds torch before every training batch, for dropout.
+    """Reseeds torch at every batch, so that dropout and noise differ between ranks and repeat after a resume.
 
     Args:
-        seed: of the run.
+        seed: the run's seed.
     """
 
     def __init__(self, seed: int) -> None:
@@ -22,7 +28,41 @@ class StatelessRNG(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Seed from the batch's number."""
-        key = f"{self.seed}/{trainer.global_rank}/{trainer.fit_loop.epoch_loop.total_batch_idx}"
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+        """Reseed from the number of batches trained in all epochs."""
+        self._reseed(trainer, "train", trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Reseed from the optimizer step and the batch of the validation."""
+        self._reseed(trainer, "validate", trainer.global_step, dataloader_idx, batch_idx)
+
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Reseed from the batch."""
+        self._reseed(trainer, "test", dataloader_idx, batch_idx)
+
+    def on_predict_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Reseed from the batch."""
+        self._reseed(trainer, "predict", dataloader_idx, batch_idx)
+
+    def _reseed(self, trainer: Trainer, *where: object) -> None:
+        torch.manual_seed(stream_seed(self.seed, trainer.global_rank, *where))

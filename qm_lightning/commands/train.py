@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -17,11 +16,9 @@ from qm_lightning.callbacks.pictures import MergePictures
 from qm_lightning.errors import UserError
 from qm_lightning.modules import QuickMergeModule
 from qm_lightning.results import write_predictions, write_results
-from qm_lightning.runtime.assemble import always_on_callbacks
-from qm_lightning.runtime.checkpoint_io import AtomicCheckpointIO
+from qm_lightning.runtime.assemble import always_on_callbacks, trainer_arguments
 from qm_lightning.runtime.loggers import TrackingOptions, make_loggers
-from qm_lightning.runtime.run_directory import RunDirectory, open_run_directory
-from qm_lightning.runtime.world import make_strategy, resolve_world
+from qm_lightning.runtime.run_directory import Policy, RunDirectory, open_run_directory
 
 # A configuration can name classes of these packages only: `class_path: os.system` is refused.
 ALLOWED_PACKAGES = ["qm_lightning", "datamodules", "lightning", "torch.optim", "torch.nn", "torchmetrics"]
@@ -73,6 +70,12 @@ class QuickMergeCLI(LightningCLI):
             default=100,
             help="Optimizer steps between checkpoints step_*.ckpt.",
         )
+        parser.add_argument(
+            "--resume_policy",
+            type=Policy,
+            default="exact",
+            help="What --ckpt_path restores: all, the weights only, or all but the learning-rate schedule.",
+        )
         parser.add_class_arguments(TrackingOptions, "logger")
         parser.link_arguments(
             "data",
@@ -98,6 +101,8 @@ class QuickMergeCLI(LightningCLI):
             verb=self.config["subcommand"],
             ckpt_path=config.get("ckpt_path"),
             fresh=config.fresh,
+            policy=config.resume_policy,
+            accelerator=config.trainer.accelerator,
         )
         config.ckpt_path = self.run.ckpt_path
 
@@ -108,18 +113,10 @@ class QuickMergeCLI(LightningCLI):
         self._dump_config()
         if self.subcommand == "fit" and not options.fast_dev_run:
             options.callbacks = [*(options.callbacks or []), *self._callbacks(config)]
-            options.logger = make_loggers(
-                self.run.path, config.name, config.logger, self.config_dump, _rank()
-            )
-        world = resolve_world(dict(os.environ), options.devices if isinstance(options.devices, int) else 1)
-        self.run.write_config(self.config_dump, str(self.subcommand))
+            self.run.write_config(self.config_dump)
+            options.logger = make_loggers(self.run, config.name, config.logger, self.config_dump)
         return super().instantiate_trainer(
-            default_root_dir=str(self.run.path),
-            devices=world.devices,
-            num_nodes=world.num_nodes,
-            strategy=make_strategy(world),
-            plugins=[AtomicCheckpointIO()],
-            **kwargs,
+            default_root_dir=str(self.run.path), **trainer_arguments(options), **kwargs
         )
 
     def _callbacks(self, config: Any) -> list[Callback]:
@@ -140,10 +137,6 @@ class QuickMergeCLI(LightningCLI):
         """Write the predicted target sequences, in the order of the shards."""
         batches = self.trainer.predict(**kwargs)
         write_predictions(self.run.path, batches or [], self.trainer, self.datamodule)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
 
 
 def share_processor(config: Any) -> None:

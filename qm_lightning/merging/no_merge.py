@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from qm_lightning.merging.base import Causality, Merger, prune, width
+from qm_lightning.merging.assemble import prune
+from qm_lightning.merging.base import Causality, Merger
+from qm_lightning.merging.select import width
 from qm_lightning.tokens import MergedTokens, Tokens
 
 
@@ -14,5 +16,5 @@ class NoMerge(Merger):
     causality: ClassVar[Causality] = "streaming"
 
     def forward(self, tokens: Tokens) -> MergedTokens:
-        """The valid tokens, in order."""
-        return prune(tokens, tokens.mask, width(tokens.counts, tokens.mask.shape[1]))
+        """The valid tokens, in order, each ready when it is read."""
+        return prune(tokens, tokens.mask, width(tokens.counts, tokens.mask.shape[1]), whole=False)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from qm_lightning.errors import UserError
-from qm_lightning.merging.base import Merger, assemble
+from qm_lightning.merging.assemble import assemble
+from qm_lightning.merging.base import Merger
 from qm_lightning.merging.budget import Budget, FixedBudget
 from qm_lightning.tokens import MergedTokens, Tokens
 

@@ -44,14 +44,16 @@ class EntropyThreshold(StreamingMerger):
         super().__init__(budget, max_span)
         self.threshold = ClosingThreshold(self.compression, 0.0 if monotone else BLT_THRESHOLD)
         self.vocab_size, self.monotone = vocab_size, monotone
-        self.head: nn.Module | None = None
+        self.norm: nn.LayerNorm | None = None
+        self.head: nn.Linear | None = None
         if input_dim is not None:
             self.build(input_dim, 0)
 
     def build(self, input_dim: int, layers: int) -> None:
         """Make the head of the entropy model."""
         if self.head is None:
-            self.head = nn.Sequential(nn.LayerNorm(input_dim), nn.Linear(input_dim, self.vocab_size))
+            self.norm = nn.LayerNorm(input_dim)
+            self.head = nn.Linear(input_dim, self.vocab_size)
 
     def signal(self, logits: Tensor) -> Tensor:
         """What is compared with the threshold.
@@ -74,9 +76,9 @@ class EntropyThreshold(StreamingMerger):
         Raises:
             UserError: the head was not built, or training without token ids.
         """
-        if self.head is None:
+        if self.norm is None or self.head is None:
             raise UserError("EntropyThreshold needs the width of the tokens: pass input_dim=")
-        logits = self.head(tokens.values.to(torch.promote_types(tokens.values.dtype, torch.float32)))
+        logits = self.head(self.norm(tokens.values.to(self.norm.weight.dtype)))
         signal = self.signal(logits)
         losses = {"entropy_model": self._loss(logits, tokens)} if self.training else {}
         merged = merge_spans(tokens, self.threshold(signal), torch.ones_like(signal), self.max_span, losses)

@@ -45,6 +45,7 @@ class DynamicPooling(StreamingMerger):
     ) -> None:
         super().__init__(budget, max_span)
         self.temperature, self.prior_weight, self.seed = temperature, prior_weight, seed
+        self.norm: nn.LayerNorm | None = None
         self.predictor: nn.Module | None = None
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         if input_dim is not None:
@@ -54,12 +55,11 @@ class DynamicPooling(StreamingMerger):
         """Make the boundary predictor, which begins at the prior."""
         if self.predictor is not None:
             return
+        self.norm = nn.LayerNorm(input_dim)
         last = nn.Linear(input_dim, 1)
         nn.init.zeros_(last.weight)
         nn.init.constant_(last.bias, -math.log(max(self.compression - 1.0, 1e-6)))
-        self.predictor = nn.Sequential(
-            nn.LayerNorm(input_dim), nn.Linear(input_dim, input_dim), nn.GELU(), last
-        )
+        self.predictor = nn.Sequential(nn.Linear(input_dim, input_dim), nn.GELU(), last)
 
     def forward(self, tokens: Tokens) -> MergedTokens:
         """Merge a batch.
@@ -67,10 +67,9 @@ class DynamicPooling(StreamingMerger):
         Raises:
             UserError: the predictor was not built.
         """
-        if self.predictor is None:
+        if self.norm is None or self.predictor is None:
             raise UserError("DynamicPooling needs the width of the tokens: pass input_dim=")
-        values = tokens.values.to(torch.promote_types(tokens.values.dtype, torch.float32))
-        logits = self.predictor(values).squeeze(-1)
+        logits = self.predictor(self.norm(tokens.values.to(self.norm.weight.dtype))).squeeze(-1)
         if self.training:
             logits = (logits + self._noise(tokens).to(logits.dtype)) / self.temperature
         p = logits.sigmoid()

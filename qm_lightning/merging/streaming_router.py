@@ -52,7 +52,7 @@ class LearnedRouter(StreamingMerger):
         """
         if self.query is None or self.key is None:
             raise UserError("LearnedRouter needs the width of the tokens: pass input_dim=")
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        values = values.to(self.query.weight.dtype)
         before, here = self.query(values[:, :-1]), self.key(values[:, 1:])
         p = (1.0 - F.cosine_similarity(before, here, dim=-1, eps=1e-6)) / 2.0
         return F.pad(p, (1, 0), value=1.0)

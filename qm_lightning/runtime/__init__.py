@@ -1,1 +1,1 @@
-"""What surrounds a training: sizes from the launcher, the run directory, checkpoints, loggers."""
+"""What surrounds training: processes, run directories, checkpoints on disk, tracking."""

@@ -1,33 +1,40 @@
-"""Sizes of the job, from its launcher, never from YAML (spec runtime.md, section 2)."""
+"""How many processes there are and which one this is, read from the launcher's environment."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
-
-import torch
-from lightning.pytorch.strategies import DDPStrategy
+from typing import Literal
 
 from qm_lightning.errors import UserError
 
-TIMEOUT = timedelta(minutes=5)
+Launcher = Literal["plain", "torchrun", "slurm"]
+
+# Launchers that start several processes but that we do not speak with: each process would train alone.
+_FOREIGN_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
 class World:
-    """Sizes of a job.
+    """The processes of one training.
 
     Attributes:
-        devices: processes on this node.
+        launcher: who started them.
+        devices: processes on each node, one device each.
         num_nodes: nodes.
-        launched: a launcher (torchrun, SLURM) set the sizes.
+        rank: this process, in [0, size).
+        local_rank: this process on its node, in [0, devices).
+        restarts: how often the launcher has already restarted the job.
+        launch_id: the launcher's name of this job, the same after a restart; ``None`` if it has none.
     """
 
-    devices: int
-    num_nodes: int
-    launched: bool
+    launcher: Launcher = "plain"
+    devices: int = 1
+    num_nodes: int = 1
+    rank: int = 0
+    local_rank: int = 0
+    restarts: int = 0
+    launch_id: str | None = None
 
     @property
     def size(self) -> int:
@@ -35,57 +42,99 @@ class World:
         return self.devices * self.num_nodes
 
 
-def _number(env: Mapping[str, str], key: str) -> int:
-    try:
-        return int(env[key])
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"the launcher set {key}={env.get(key)!r}; expected a whole number; start with torchrun or srun"
-        ) from error
-
-
-def resolve_world(env: Mapping[str, str], devices: int = 1) -> World:
-    """Read the sizes that torchrun or SLURM set.
+def resolve_world(env: Mapping[str, str]) -> World:
+    """Read the sizes from torchrun, from SLURM, or take one process.
 
     Args:
-        env: environment variables.
-        devices: processes for a plain start without a launcher.
+        env: the process's environment.
 
     Returns:
-        The sizes.
+        The world; one process if no launcher is found.
 
     Raises:
-        UserError: sizes that contradict each other.
+        UserError: sizes that contradict each other, or a launcher that we do not speak with.
     """
-    if "WORLD_SIZE" in env and "LOCAL_WORLD_SIZE" in env:
-        total, local = _number(env, "WORLD_SIZE"), _number(env, "LOCAL_WORLD_SIZE")
-        launched = True
-    elif "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive", None):
-        total = _number(env, "SLURM_NTASKS")
-        local = _number(env, "SLURM_NTASKS_PER_NODE") if "SLURM_NTASKS_PER_NODE" in env else total
-        launched = True
-    else:
-        total = local = devices
-        launched = "LOCAL_RANK" in env  # a process that Lightning itself started
-    if local < 1 or total % local:
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= env.keys():
+        return _torchrun(env)
+    if "SLURM_PROCID" in env and _number(env, "SLURM_NTASKS", 1) > 1:
+        return _slurm(env)
+    for name in _FOREIGN_SIZES:
+        if _number(env, name, 1) > 1:
+            raise UserError(
+                f"found {name}={env[name]} but neither torchrun's nor SLURM's variables; expected one of "
+                "these launchers, since every process would train alone; start with torchrun or srun"
+            )
+    if _number(env, "WORLD_SIZE", 1) > 1:
         raise UserError(
-            f"{total} processes in all and {local} on this node: expected the same number on every node; "
-            "give every node the same --nproc-per-node"
+            f"found WORLD_SIZE={env['WORLD_SIZE']} without RANK and LOCAL_RANK; expected all three; "
+            "start with torchrun, or unset WORLD_SIZE to train in one process"
         )
-    return World(local, total // local, launched)
+    if "SLURM_JOB_ID" in env and "SLURM_PROCID" in env:
+        return World(restarts=_number(env, "SLURM_RESTART_COUNT", 0), launch_id=_slurm_job(env))
+    return World()
 
 
-def make_strategy(world: World) -> DDPStrategy | str:
-    """An explicit DDP object wherever several processes run, so that none trains on its own by accident.
+def _number(env: Mapping[str, str], name: str, default: int) -> int:
+    text = env.get(name)
+    if not text:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"found {name}={text!r}; expected a whole number; mend the launch script") from None
 
-    Args:
-        world: sizes of the job.
 
-    Returns:
-        ``"auto"`` for one plain process, else DDP over gloo (CPU) or NCCL (GPU) with a timeout of five minutes.
-    """
-    if world.size == 1 and not world.launched:
-        return "auto"
-    options: dict[str, Any] = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    return DDPStrategy(process_group_backend=backend, timeout=TIMEOUT, **options)
+def _torchrun(env: Mapping[str, str]) -> World:
+    size, devices = _number(env, "WORLD_SIZE", 1), _number(env, "LOCAL_WORLD_SIZE", 1)
+    if size % devices:
+        raise UserError(
+            f"found WORLD_SIZE={size} and LOCAL_WORLD_SIZE={devices}; expected the same number of processes "
+            "on every node; give every node the same --nproc-per-node"
+        )
+    # torchrun names a job "none" unless --rdzv-id is given: too common a name to recognise a job by.
+    name = env.get("TORCHELASTIC_RUN_ID", "none")
+    return World(
+        launcher="torchrun",
+        devices=devices,
+        num_nodes=size // devices,
+        rank=_number(env, "RANK", 0),
+        local_rank=_number(env, "LOCAL_RANK", 0),
+        restarts=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
+        launch_id=None if name == "none" else f"torchrun-{name}",
+    )
+
+
+def _slurm(env: Mapping[str, str]) -> World:
+    size, nodes = _number(env, "SLURM_NTASKS", 1), _number(env, "SLURM_NNODES", 1)
+    if size % nodes:
+        raise UserError(
+            f"found {size} SLURM tasks on {nodes} nodes; expected the same number on every node; "
+            "set --ntasks-per-node to the GPUs of a node and leave --ntasks out"
+        )
+    devices = size // nodes
+    per_node = _number(env, "SLURM_NTASKS_PER_NODE", devices)
+    if per_node != devices:
+        raise UserError(
+            f"found SLURM_NTASKS_PER_NODE={per_node} but {size} tasks on {nodes} nodes; expected "
+            f"{per_node * nodes} tasks; set --nodes and --ntasks-per-node only"
+        )
+    return World(
+        launcher="slurm",
+        devices=devices,
+        num_nodes=nodes,
+        rank=_number(env, "SLURM_PROCID", 0),
+        local_rank=_number(env, "SLURM_LOCALID", 0),
+        restarts=_number(env, "SLURM_RESTART_COUNT", 0),
+        launch_id=_slurm_job(env),
+    )
+
+
+def _slurm_job(env: Mapping[str, str]) -> str:
+    return f"slurm-{slurm_job_name(env)}"
+
+
+def slurm_job_name(env: Mapping[str, str]) -> str:
+    """What ``scontrol requeue`` takes: the job, or the task of a job array."""
+    if "SLURM_ARRAY_JOB_ID" in env and "SLURM_ARRAY_TASK_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env.get("SLURM_JOB_ID", "")

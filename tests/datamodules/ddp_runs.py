@@ -84,13 +84,14 @@ class Stage:
     batch: int = 4
     accumulate: int = 1
     fatal: int | None = None  # micro-batch (counted in this process) that is not survived
-    how: str = "kill"  # or "raise", or "kill one"
+    how: str = "kill"  # "raise"; "kill one": rank 0; "save": after the optimizer step, then kill
     trainer: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=lambda: {"every_n_train_steps": 1})
     data: dict[str, Any] = field(default_factory=dict)
     schedule: bool = False  # use trainer.estimated_stepping_batches
     callbacks: bool = True
     task: str = "fit"
+    manual: bool = False  # manual optimisation, a step every second batch
 
 
 class Ledger(pl.LightningModule):
@@ -100,6 +101,7 @@ class Ledger(pl.LightningModule):
         super().__init__()
         self.seen = torch.nn.Parameter(torch.zeros(EPOCHS * SAMPLES))
         self.stage, self.log_path, self.count = stage, log, 0
+        self.automatic_optimization = not stage.manual
         seed = stage.data.get("seed", 0)
         absolute = np.arange(EPOCHS * SAMPLES)
         seeds = sample_seeds(seed, absolute // SAMPLES, absolute % SAMPLES)
@@ -122,14 +124,36 @@ class Ledger(pl.LightningModule):
             f.write(json.dumps(line) + "\n")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        if self.count == self.stage.fatal and (self.stage.how != "kill one" or self.global_rank == 0):
-            if self.stage.how == "raise":
-                raise InjectedError
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.count == self.stage.fatal:
+            self._fail()
         self.count += 1
         self.write("train", batch)
         slots = [self.slot[s] for s in batch["seeds"][batch["valid"]].tolist()]
-        return -(self.seen[slots].sum() + 0 * self.seen.sum()) * self.stage.world * self.stage.accumulate
+        loss = -(self.seen[slots].sum() + 0 * self.seen.sum()) * self.stage.world * self.stage.accumulate
+        if self.stage.manual:
+            self._step(loss, batch_idx)
+        return loss
+
+    def _fail(self) -> None:
+        if self.stage.how == "raise":
+            raise InjectedError
+        if self.stage.how == "kill" or (self.stage.how == "kill one" and self.global_rank == 0):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _step(self, loss: torch.Tensor, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        if batch_idx % 2 == 0:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        if batch_idx % 2 or batch_idx + 1 == self.trainer.num_training_batches:
+            optimizer.step()
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """The last hook before Lightning counts the batch as done: a signal handler may save here."""
+        scheduler.step()
+        if self.stage.how == "save" and self.count == self.stage.fatal:
+            self.trainer.save_checkpoint(self.log_path / "checkpoints" / "signal.ckpt")
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.write("val", batch)
@@ -164,7 +188,7 @@ def _rank(rank: int, port: int, stage: Stage, root: str, out: Path, resume: str 
 def _fit(stage: Stage, root: str, out: Path, resume: str | None) -> Any:
     # fork: these processes come from a fork server, and theirs would have to load torch anew
     data = IdModule(root, stage.batch, num_workers=stage.workers, **({"start_method": "fork"} | stage.data))
-    saver = ModelCheckpoint(out / "checkpoints", "{step}", save_top_k=-1, save_last=True, **stage.checkpoint)
+    saver = ModelCheckpoint(out / "checkpoints", "{step}", save_top_k=-1, **stage.checkpoint)
     strategy = DDPStrategy(process_group_backend="gloo") if stage.world > 1 else "auto"
     options = {"max_epochs": 2, "num_sanity_val_steps": 0, "limit_val_batches": 0} | stage.trainer
     trainer = pl.Trainer(
@@ -234,5 +258,5 @@ def logged(out: Path, world: int, kind: str = "train") -> list[list[dict[str, An
 
 
 def newest(out: Path) -> Path:
-    """The last complete checkpoint."""
-    return max((out / "checkpoints").glob("*.ckpt"), key=lambda p: (p.stat().st_mtime_ns, p.name))
+    """The last checkpoint."""
+    return max((out / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)

@@ -1,0 +1,127 @@
+"""What a merged prompt saves when text is generated: time to first token, tokens per second, cache bytes.
+
+The same prior (random weights, batch 1) reads prompts of several lengths whole, and merged by QuickMerge to
+1/2.37 and 1/4. Claims: the cache shrinks by the compression; tokens per second gain more the longer the
+prompt. The backbone's own time is the same for all and left out; the merger's is counted into the time to the
+first token. Times are the least of interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qm_lightning.merging import FixedBudget, Merger, NoMerge, QuickMerge
+from qm_lightning.priors import ARPrior
+from qm_lightning.tokens import AttentionStats, Tokens
+
+RESULTS = Path(__file__).parent / "results" / "generation.json"
+PROMPTS = [512, 1024, 4096, 16384]
+COMPRESSIONS = [2.37, 4.0]
+WIDTH, METRIC, VOCAB, NEW_TOKENS = 256, 64, 257, 48
+PRIOR = {"dim": 256, "depth": 4, "heads": 4}
+
+
+def main() -> None:
+    """Measure, print the table, write ``benchmarks/results/generation.json``."""
+    torch.manual_seed(0)
+    prior = ARPrior(WIDTH, VOCAB, **PRIOR, align=False).eval()
+    rows = [row for n in PROMPTS for row in measure(prior, make_tokens(n), rounds=3 if n <= 4096 else 2)]
+    results = {
+        "configuration": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "prior": f"{PRIOR}, {VOCAB} tokens, random weights, fp32, batch 1, {NEW_TOKENS} new tokens",
+        },
+        "rows": rows,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    _print(rows)
+
+
+def make_tokens(count: int) -> Tokens:
+    """A prompt of random tokens, with the statistics and keys that a backbone would give."""
+    stats = AttentionStats(torch.rand(4, 1, count), torch.rand(4, 1, count))
+    return Tokens(
+        values=torch.randn(1, count, WIDTH),
+        mask=torch.ones(1, count, dtype=torch.bool),
+        positions=torch.arange(count)[None, :, None],
+        attention=stats,
+        metric=torch.randn(1, count, METRIC),
+    )
+
+
+@torch.no_grad()
+def measure(prior: ARPrior, tokens: Tokens, rounds: int) -> list[dict[str, Any]]:
+    """One row per compression, 1 (unmerged) first; all ways run once in every round."""
+    mergers: dict[float, Merger] = {1.0: NoMerge()}
+    mergers |= {c: QuickMerge(budget=FixedBudget(c)).eval() for c in COMPRESSIONS}
+    rows: dict[float, dict[str, Any]] = {}
+    for _ in range(rounds):
+        for compression, merger in mergers.items():
+            seen = once(prior, merger, tokens)
+            row = {"prompt": tokens.mask.shape[1], "compression": compression} | seen
+            best = rows.setdefault(compression, row)
+            for name in ("merge_s", "prefill_s", "token_s"):
+                best[name] = min(best[name], seen[name])
+    return list(rows.values())
+
+
+def once(prior: ARPrior, merger: Merger, tokens: Tokens) -> dict[str, Any]:
+    """Seconds to merge, of the prior to the first token, per further token; bytes of the prompt's cache."""
+    start = time.perf_counter()
+    merged = merger(tokens)
+    merge_s = time.perf_counter() - start
+    stream = prior.stream(merged, NEW_TOKENS, temperature=0.0)
+    start = time.perf_counter()
+    next(stream)
+    prefill_s = time.perf_counter() - start
+    start = time.perf_counter()
+    further = sum(1 for _ in stream)
+    kept = merged.mask.shape[1]
+    return {
+        "kept": kept,
+        "merge_s": merge_s,
+        "prefill_s": prefill_s,
+        "token_s": (time.perf_counter() - start) / further,
+        "cache_bytes": prior.trunk.new_cache(1, kept).nbytes,
+    }
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    table = Table("prompt", "compression", "kept", "first token s", "x", "of it merging", "tokens/s", "x")
+    table.add_column("cache MiB")
+    table.add_column("x")
+    table.title = "Generation after a merged prompt; x: against the same prior on the whole prompt"
+    for row in rows:
+        whole = next(r for r in rows if r["prompt"] == row["prompt"] and r["compression"] == 1.0)
+        first, first_whole = (r["merge_s"] + r["prefill_s"] for r in (row, whole))
+        table.add_row(
+            str(row["prompt"]),
+            f"{row['compression']:g}",
+            str(row["kept"]),
+            f"{first:.3f}",
+            f"{first_whole / first:.2f}",
+            f"{row['merge_s']:.3f}",
+            f"{1 / row['token_s']:.0f}",
+            f"{whole['token_s'] / row['token_s']:.2f}",
+            f"{row['cache_bytes'] / 2**20:.1f}",
+            f"{whole['cache_bytes'] / row['cache_bytes']:.2f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Tasks on real source code: each cuts a context out of a document and says what its target is."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from datamodules.sources.documents import Document
+
+_SHORTEST_FUNCTION = 120  # bytes; shorter ones say nothing of their name
+_MASK = b"_" * 3
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long a context and a target are, in bytes."""
+
+    context: int
+    target: int
+
+
+Task = Callable[[Document, np.random.RandomState, Lengths], tuple[bytes, bytes] | None]
+"""(document, random, lengths) -> (context, target), or `None` if this draw gives no sample."""
+
+
+def passage(document: Document, random: np.random.RandomState, length: int) -> bytes | None:
+    """A run of bytes at a random place; `None` if the document is shorter."""
+    text = document.read()
+    if len(text) < length:
+        return None
+    start = int(random.randint(len(text) - length + 1))
+    return text[start : start + length]
+
+
+def origin(document: Document, random: np.random.RandomState, lengths: Lengths) -> tuple[bytes, bytes] | None:
+    """A passage -> the package or module that it is from."""
+    text = passage(document, random, lengths.context)
+    return None if text is None else (text, document.package.encode()[: lengths.target])
+
+
+def continuation(
+    document: Document, random: np.random.RandomState, lengths: Lengths
+) -> tuple[bytes, bytes] | None:
+    """A passage -> the bytes that follow it."""
+    text = passage(document, random, lengths.context + lengths.target)
+    return None if text is None else (text[: lengths.context], text[lengths.context :])
+
+
+def function(
+    document: Document, random: np.random.RandomState, lengths: Lengths
+) -> tuple[bytes, bytes] | None:
+    """A function with its own name masked -> its name. Of longer functions the beginning is the context."""
+    found = functions(document)
+    if not found:
+        return None
+    source, name = found[int(random.randint(len(found)))]
+    return source[: lengths.context], name[: lengths.target]
+
+
+@lru_cache(maxsize=1024)
+def functions(document: Document) -> tuple[tuple[bytes, bytes], ...]:
+    """Functions of a document as (source without its name, name), without special and very short ones."""
+    text = document.read()
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return ()
+    lines = text.splitlines(keepends=True)
+    found: list[tuple[bytes, bytes]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("__"):
+            source = b"".join(lines[node.lineno - 1 : node.end_lineno])
+            name = node.name.encode()
+            if len(source) >= _SHORTEST_FUNCTION:
+                found.append((re.sub(rb"\b" + name + rb"\b", _MASK, source), name))
+    return tuple(found)
+
+
+TASKS: dict[str, Task] = {
+    "origin": origin,
+    "function": function,
+    "continuation": continuation,
+}

@@ -1,0 +1,50 @@
+"""Writes into every checkpoint which run it belongs to and how it was configured."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import lightning
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from qm_lightning import __version__
+from qm_lightning.runtime.find_checkpoint import RECORD_KEY
+from qm_lightning.runtime.run_directory import RunDirectory
+
+FORMAT = 1
+
+
+class RunRecord(Callback):
+    """Adds run id, resolved configuration, versions and a format number; plain values only.
+
+    Args:
+        run: the run's directory, whose config.yaml is copied.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self._record: dict[str, Any] | None = None
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the record."""
+        if not trainer.is_global_zero:
+            return
+        if self._record is None:
+            file = self.run.path / "config.yaml"
+            self._record = {
+                "format": FORMAT,
+                "run_id": self.run.run_id,
+                "config": yaml.safe_load(file.read_text()) if file.is_file() else {},
+                "versions": {
+                    "qm_lightning": __version__,
+                    "python": platform.python_version(),
+                    "torch": str(torch.__version__),
+                    "lightning": lightning.__version__,
+                },
+            }
+        checkpoint[RECORD_KEY] = self._record

@@ -1,0 +1,67 @@
+"""What happens in the process of one cell; heavy imports come late, so that their errors go to its log."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from qm_lightning import cli
+
+
+def run_cell(commands: Sequence[Sequence[str]], log: Path, threads: int) -> None:
+    """Run command lines one after the other; leave with the first exit code that is not 0.
+
+    Args:
+        commands: arguments of train.py.
+        log: file that takes all output.
+        threads: of torch.
+    """
+    _settle(log, threads)
+    for command in commands:
+        print(f"\n$ python train.py {' '.join(command)}", flush=True)
+        code = cli.main(command)
+        if code:
+            sys.exit(code)
+
+
+def measure_cell(command: Sequence[str], log: Path, threads: int) -> None:
+    """Measure the cost of a tested cell again, with the machine to itself.
+
+    Args:
+        command: ``test`` and its options.
+        log: file that takes all output.
+        threads: of torch.
+    """
+    _settle(log, threads)
+    print("\n$ measure the cost again", flush=True)
+    from qm_lightning.comparing.cost_only import CostOnlyCLI
+
+    CostOnlyCLI(command)
+
+
+def _settle(log: Path, threads: int) -> None:
+    """Write to the log, use so many threads, and do not outlive the comparison."""
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us too; the comparison asks with SIGTERM
+    sys.argv = sys.argv[:1]  # LightningCLI warns of arguments that it is not meant to read
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _follow(sentinel: int) -> None:
+    """Stop cleanly, with a checkpoint, when the comparison itself was killed."""
+    wait([sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,125 @@
+"""DynamicViT: a learned predictor decides which tokens to keep (spec reduction.md, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qm_lightning.errors import UserError
+from qm_lightning.merging.assemble import prune
+from qm_lightning.merging.base import BudgetMerger, Causality
+from qm_lightning.merging.budget import Budget
+from qm_lightning.merging.noise import Noise
+from qm_lightning.merging.select import top_mask
+from qm_lightning.tokens import MergedTokens, Tokens
+
+
+class KeepPredictor(nn.Module):
+    """Half of the features of each token and half of their mean over the sample -> (keep, drop).
+
+    Args:
+        dim: D, width of a token, divisible by 4.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim % 4:
+            raise UserError(f"DynamicViT: tokens of width {dim}; expected a multiple of 4")
+        self.features = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
+        self.decide = nn.Sequential(
+            nn.Linear(dim, dim // 2),
+            nn.GELU(),
+            nn.Linear(dim // 2, dim // 4),
+            nn.GELU(),
+            nn.Linear(dim // 4, 2),
+        )
+
+    def forward(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Log-odds of keeping each token.
+
+        Args:
+            values: [B,N,D] float.
+            mask: [B,N] bool, the tokens that count in the mean.
+
+        Returns:
+            [B,N] float32 or better.
+        """
+        values = values.masked_fill(~mask.unsqueeze(-1), 0.0).to(next(self.parameters()).dtype)
+        with torch.autocast(values.device.type, enabled=False):  # in bfloat16 scores tie
+            own, shared = self.features(values).chunk(2, dim=-1)
+            real = mask.unsqueeze(-1).to(shared.dtype)
+            mean = (shared * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1.0)
+            keep, drop = self.decide(torch.cat([own, mean.expand_as(shared)], dim=-1)).unbind(-1)
+        log_odds: Tensor = keep - drop
+        return log_odds.to(torch.promote_types(log_odds.dtype, torch.float32))
+
+
+class DynamicViT(BudgetMerger):
+    """Keeps the K tokens of highest keep-probability.
+
+    In training each token draws a straight-through Gumbel gate. The published method masks dropped tokens
+    in the attention of the layers that follow and keeps them in the tensor; here the K tokens of highest
+    noisy log-odds leave the merger, as in evaluation, and their gates scale their values and their sizes
+    (the size acts in the prior's attention just as the published mask does). Dropped tokens learn from the
+    ratio loss ``mean_b (K/N - mean_n gate)^2``, in which all gates take part.
+
+    Args:
+        budget: tokens kept per sample; ``None``: ``FixedBudget()``.
+        input_dim: D; ``None``: known when ``build`` is called.
+        ratio_weight: of the ratio loss.
+        temperature: of the gate's gradient.
+        seed: of the noise.
+    """
+
+    causality: ClassVar[Causality] = "ordered"
+
+    def __init__(
+        self,
+        budget: Budget | None = None,
+        input_dim: int | None = None,
+        ratio_weight: float = 2.0,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(budget)
+        self.ratio_weight, self.temperature = ratio_weight, temperature
+        self.noise = Noise(seed)
+        self.predictor: KeepPredictor | None = None
+        if input_dim is not None:
+            self.build(input_dim, 0)
+
+    def build(self, input_dim: int, layers: int) -> None:
+        """Make the predictor, once."""
+        if self.predictor is None:
+            self.predictor = KeepPredictor(input_dim)
+
+    def forward(self, tokens: Tokens) -> MergedTokens:
+        """The kept tokens, in order; in training with the loss ``ratio``."""
+        if self.predictor is None:
+            raise UserError("DynamicViT needs the width of the tokens: pass input_dim=")
+        free = tokens.mask if tokens.protected is None else tokens.mask & ~tokens.protected
+        scores = self.predictor(tokens.values, free)
+        counts = self.counts(tokens)
+        slots = self.slots(tokens, counts)
+        if not self.training:
+            return prune(tokens, top_mask(scores, tokens.mask, counts, tokens.protected), slots)
+        scores = scores + self.noise.logistic(tokens).to(scores.dtype)
+        chosen = top_mask(scores, tokens.mask, counts, tokens.protected)
+        soft = torch.sigmoid(scores / self.temperature)
+        slope = torch.where(free, soft - soft.detach(), 0.0)  # zero, with the gradient of the sigmoid
+        merged = prune(_gated(tokens, slope), chosen, slots)
+        passed = slope.gather(1, merged.anchors) if merged.anchors is not None else slope
+        gates = torch.where(free, (scores > 0).to(slope.dtype) + slope, 0.0)
+        loss = self._ratio_loss(gates, free, counts - (tokens.mask & ~free).sum(1))
+        return replace(merged, size=merged.size * (1.0 + passed), losses={"ratio": loss})
+
+    def _ratio_loss(self, gates: Tensor, free: Tensor, wanted: Tensor) -> Tensor:
+        total = free.sum(1).clamp(min=1).to(gates.dtype)
+        return self.ratio_weight * (wanted / total - gates.sum(1) / total).square().mean()
+
+
+def _gated(tokens: Tokens, slope: Tensor) -> Tokens:
+    return replace(tokens, values=tokens.values * (1.0 + slope).unsqueeze(-1).to(tokens.values.dtype))
