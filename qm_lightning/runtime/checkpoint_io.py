@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +52,21 @@ def read_checkpoint(path: str | os.PathLike[str], *, lazily: bool = False) -> di
             f"no checkpoint at {path}; expected a file; look into the run's checkpoints/ directory"
         )
     try:
+        if not lazily:
+            _check_sums(path)
         # An explicit True also beats TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily or None)
     except pickle.UnpicklingError as error:
         raise UserError(_refusal(path, error)) from error
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError) as error:
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        KeyError,
+        ValueError,
+        AttributeError,
+        zipfile.BadZipFile,
+    ) as error:
         raise UserError(
             f"checkpoint {path} is broken ({_first_line(error)}); expected a complete file; "
             "use another one of the run, or --ckpt_path last, which passes broken ones over"
@@ -66,17 +78,26 @@ def read_checkpoint(path: str | os.PathLike[str], *, lazily: bool = False) -> di
     return checkpoint
 
 
+def _check_sums(path: str | os.PathLike[str]) -> None:
+    """Read everything once against its checksum, which torch writes and never looks at."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _refusal(path: str | os.PathLike[str], error: BaseException) -> str:
     text = str(error)
-    if "GLOBAL" in text or "Unsupported" in text:
-        code = text.partition("GLOBAL")[2].split(" was ", 1)[0].strip(" :`")
-        found = code or "code"
+    if "GLOBAL" in text or "Unsupported class" in text:
+        named = re.search(r"GLOBAL:? `?([\w.]+)", text)
+        found = repr(named[1]) if named else "code"
         return (
-            f"checkpoint {path} is refused: it asks to run {found[:120]!r} while loading; expected tensors and "
+            f"checkpoint {path} is refused: it asks to run {found} while loading; expected tensors and "
             "plain values only; use a checkpoint that this project wrote"
         )
     return f"checkpoint {path} is broken ({_first_line(error)}); expected a complete file; use another one"

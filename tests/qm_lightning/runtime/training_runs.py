@@ -116,6 +116,7 @@ class Attempt:
     nan_at: tuple[int, int] | None = None  # (training batch, rank)
     backbone: int = 0
     dropout: float = 0.3
+    noise: float = 0.1
     tracking: dict[str, Any] = field(default_factory=lambda: {"wandb": False})
     env: dict[str, str] = field(default_factory=dict)
     launcher: str = "torchrun"
@@ -141,7 +142,8 @@ class Learner(FrozenBackboneMixin, pl.LightningModule):
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
         hidden = self.merger(self.backbone(batch["vector"]))
         noise = -torch.log(-torch.log(torch.rand_like(hidden).clamp(1e-6, 1 - 1e-6)))
-        hidden = F.dropout(hidden + 0.1 * noise, self.attempt.dropout, self.training)
+        self.first_noise = noise.flatten()[0].item()
+        hidden = F.dropout(hidden + self.attempt.noise * noise, self.attempt.dropout, self.training)
         return self.prior(hidden).squeeze(1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
@@ -157,6 +159,7 @@ class Learner(FrozenBackboneMixin, pl.LightningModule):
             ids=batch["id"][batch["valid"]].tolist(),
             loss=loss.item(),
             rho=self.rho.item(),
+            noise=self.first_noise,
             rate=self.trainer.optimizers[0].param_groups[0]["lr"],
         )
         self.batches += 1
