@@ -1,9 +1,9 @@
-"""Text from shards: a context as bytes or through a backbone's tokenizer, and a target as bytes."""
+"""Text from shards: a context as bytes or through a backbone's tokenizer, and a target as bytes or itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from datamodules.base import ShardDataModule
 from datamodules.errors import DataError
 from datamodules.processing.context import text_reader
 from datamodules.processing.fields import member
-from datamodules.processing.targets import ByteTargets, pad_targets
+from datamodules.processing.targets import PADDING, ByteTargets, pad_targets
 from datamodules.shards.stream import Batch
 
 CONTEXT_FIELD = "txt"
@@ -19,9 +19,9 @@ TARGET_FIELD = "target.txt"
 
 
 class TextDataModule(ShardDataModule):
-    """Contexts and their targets: bytes with an end byte (257 ids).
+    """Contexts and their targets: bytes with an end byte (257 ids), or the context's own tokens.
 
-    Samples hold `txt`, the context, and `target.txt`; both UTF-8.
+    Samples hold `txt`, the context, and `target.txt`; both UTF-8. `targets="text"` needs `txt` alone.
 
     Args:
         root: directory or URL with `train/`, `val/`, `test/`.
@@ -29,6 +29,8 @@ class TextDataModule(ShardDataModule):
         tokenizer: `bytes`, or folder or hub name of the backbone, whose own tokenizer then reads the context.
         context_length: longest context in tokens; of longer ones the end is kept.
         target_length: longest target in bytes, end byte included; the rest is cut off.
+        targets: `stored`: the target is `target.txt`; `text`: the text itself, token for token, for models that
+            predict all of it (StreamingModule). No end token follows: a passage ends anywhere.
         download: fetch a tokenizer by its name, over the network.
         **stream: options of `ShardDataModule`.
 
@@ -47,6 +49,7 @@ class TextDataModule(ShardDataModule):
         tokenizer: str = "bytes",
         context_length: int = 256,
         target_length: int = 65,
+        targets: Literal["stored", "text"] = "stored",
         download: bool = False,
         **stream: Any,
     ) -> None:
@@ -57,25 +60,32 @@ class TextDataModule(ShardDataModule):
             )
         self.reader = text_reader(tokenizer, context_length, download)
         self._target_length = target_length
+        self._text_alone = targets == "text"
         self._vocabulary = ByteTargets()
         self.vocab_size, self.eos_id = self._vocabulary.vocab_size, self._vocabulary.eos_id
+        if self._text_alone:
+            self.vocab_size, self.eos_id = self.reader.vocab_size, self.reader.eos_id
 
     def decode(self, fields: dict[str, bytes], key: str, seed: int) -> dict[str, Any]:
-        """One sample: `context` as the reader takes it, `targets` long [T]."""
+        """One sample: `context` as the reader takes it, and `targets` long [T] where they are stored."""
+        if self._text_alone:
+            return {"context": self.reader.prepare(fields[CONTEXT_FIELD])}
         target = member(fields, TARGET_FIELD, "another task for `prepare text`")
         context = self.reader.prepare(fields[CONTEXT_FIELD])
         return {"context": context, "targets": self._vocabulary.encode(target)}
 
     def collate(self, samples: list[dict[str, Any]]) -> Batch:
         """`inputs`: `input_ids` long [B,N], `attention_mask` long [B,N]; `targets` long [B,T]."""
-        return {
-            "inputs": self.reader.batch([s["context"] for s in samples]),
-            "targets": pad_targets([s["targets"] for s in samples], self._target_length),
-        }
+        inputs = self.reader.batch([s["context"] for s in samples])
+        if self._text_alone:
+            targets = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, PADDING)
+        else:
+            targets = pad_targets([s["targets"] for s in samples], self._target_length)
+        return {"inputs": inputs, "targets": targets}
 
     def decode_targets(self, ids: Tensor) -> str:
-        """Text of target bytes, long [T]."""
-        return self._vocabulary.decode(ids)
+        """Text of target ids, long [T]."""
+        return self.reader.decode(ids) if self._text_alone else self._vocabulary.decode(ids)
 
     def describe_input(self, batch: Batch, i: int) -> list[str]:
         """Tokens of sample i as strings, padding left out."""

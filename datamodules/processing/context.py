@@ -11,12 +11,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 from datamodules.errors import DataError
 from datamodules.processing.pretrained import find_source, network
+from datamodules.processing.targets import ByteTargets, until_end
 
 BYTES = "bytes"
 
 
 class TextReader(Protocol):
-    """From stored text to what a text backbone takes. Picklable."""
+    """From stored text to what a text backbone takes. Picklable.
+
+    Attributes:
+        vocab_size: number of ids, an end token included.
+        eos_id: the end token.
+    """
+
+    vocab_size: int
+    eos_id: int
 
     def prepare(self, text: bytes) -> Any:
         """Check one text and make it ready for `batch`.
@@ -32,6 +41,10 @@ class TextReader(Protocol):
 
     def tokens(self, ids: Tensor) -> list[str]:
         """Each id of long [N] as a readable string."""
+        ...
+
+    def decode(self, ids: Tensor) -> str:
+        """Text of long [N], up to the first end token; padding (below 0) is left out."""
         ...
 
 
@@ -65,6 +78,8 @@ class ByteReader:
         length: of longer texts the last `length` bytes are kept.
     """
 
+    vocab_size, eos_id = ByteTargets.vocab_size, ByteTargets.eos_id
+
     def __init__(self, length: int) -> None:
         self._length = length
 
@@ -83,6 +98,10 @@ class ByteReader:
     def tokens(self, ids: Tensor) -> list[str]:
         """ASCII bytes as themselves, the others as two hexadecimal digits."""
         return [chr(i) if i < 128 else f"{i:02x}" for i in ids.tolist()]
+
+    def decode(self, ids: Tensor) -> str:
+        """UTF-8 text; other bytes become the replacement character."""
+        return ByteTargets().decode(ids)
 
 
 class TokenizerReader:
@@ -113,6 +132,9 @@ class TokenizerReader:
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.unk_token
         self._length = length
+        # Some tokenizers know no end; then nothing ends a text.
+        self.vocab_size = len(self._tokenizer)
+        self.eos_id = -1 if self._tokenizer.eos_token_id is None else int(self._tokenizer.eos_token_id)
 
     def prepare(self, text: bytes) -> str:
         """One text, decoded."""
@@ -128,3 +150,7 @@ class TokenizerReader:
     def tokens(self, ids: Tensor) -> list[str]:
         """Each token's own text."""
         return [self._tokenizer.decode([i]) for i in ids.tolist()]
+
+    def decode(self, ids: Tensor) -> str:
+        """Text of long [N], as the tokenizer joins it."""
+        return str(self._tokenizer.decode(until_end(ids, self.eos_id), skip_special_tokens=True))

@@ -44,15 +44,16 @@ class StdlibSamples:
         return self.count
 
     def __getitem__(self, i: int) -> dict[str, bytes]:
-        """Members of sample i: `txt` and `target.txt`."""
+        """Members of sample i: `txt` and, if the task has targets, `target.txt`."""
         random = np.random.RandomState([self.seed, SPLITS.index(self.split), i])
         documents = stdlib_documents(self.split)
         for _ in range(_DRAWS):
             at = np.searchsorted(_cumulative(self.split), random.random_sample(), side="right")
             pair = TASKS[self.task](documents[int(at)], random, self.lengths)
             if pair is not None:
-                key = f"{self.split}-{i:06d}".encode()
-                return {"__key__": key, "txt": pair[0], "target.txt": pair[1]}
+                text, target = pair
+                sample = {"__key__": f"{self.split}-{i:06d}".encode(), "txt": text}
+                return sample if target is None else sample | {"target.txt": target}
         raise DataError(
             f"found no {self.task} sample of {self.lengths.context} bytes in {_DRAWS} draws from the "
             f"{self.split} files; expected shorter contexts or targets"

@@ -24,8 +24,11 @@ class Lengths:
     target: int
 
 
-Task = Callable[[Document, np.random.RandomState, Lengths], tuple[bytes, bytes] | None]
-"""(document, random, lengths) -> (context, target), or `None` if this draw gives no sample."""
+Pair = tuple[bytes, bytes | None]
+"""Context and target; no target where the text itself is to be predicted."""
+
+Task = Callable[[Document, np.random.RandomState, Lengths], Pair | None]
+"""(document, random, lengths) -> pair, or `None` if this draw gives no sample."""
 
 
 def passage(document: Document, random: np.random.RandomState, length: int) -> bytes | None:
@@ -37,23 +40,25 @@ def passage(document: Document, random: np.random.RandomState, length: int) -> b
     return text[start : start + length]
 
 
-def origin(document: Document, random: np.random.RandomState, lengths: Lengths) -> tuple[bytes, bytes] | None:
+def text_alone(document: Document, random: np.random.RandomState, lengths: Lengths) -> Pair | None:
+    """A passage and nothing else, for models that predict every token of it (`TextDataModule(targets="text")`)."""
+    text = passage(document, random, lengths.context)
+    return None if text is None else (text, None)
+
+
+def origin(document: Document, random: np.random.RandomState, lengths: Lengths) -> Pair | None:
     """A passage -> the package or module that it is from."""
     text = passage(document, random, lengths.context)
     return None if text is None else (text, document.package.encode()[: lengths.target])
 
 
-def continuation(
-    document: Document, random: np.random.RandomState, lengths: Lengths
-) -> tuple[bytes, bytes] | None:
+def continuation(document: Document, random: np.random.RandomState, lengths: Lengths) -> Pair | None:
     """A passage -> the bytes that follow it."""
     text = passage(document, random, lengths.context + lengths.target)
     return None if text is None else (text[: lengths.context], text[lengths.context :])
 
 
-def function(
-    document: Document, random: np.random.RandomState, lengths: Lengths
-) -> tuple[bytes, bytes] | None:
+def function(document: Document, random: np.random.RandomState, lengths: Lengths) -> Pair | None:
     """A function with its own name masked -> its name. Of longer functions the beginning is the context."""
     found = functions(document)
     if not found:
@@ -85,4 +90,5 @@ TASKS: dict[str, Task] = {
     "origin": origin,
     "function": function,
     "continuation": continuation,
+    "passage": text_alone,
 }

@@ -10,7 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import datamodules.image  # noqa: F401  # makes the short class name known: --data ImageDataModule
+import datamodules.image
+import datamodules.text  # noqa: F401  # makes the short class names known: --data TextDataModule
 from datamodules.errors import DataError
 from qm_lightning.callbacks.pictures import MergePictures
 from qm_lightning.errors import UserError

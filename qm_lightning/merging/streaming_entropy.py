@@ -27,7 +27,7 @@ class EntropyThreshold(StreamingMerger):
 
     Args:
         budget: ``FixedBudget(compression)``, tokens per span over all samples.
-        vocab_size: of the text.
+        vocab_size: of the text; 257: bytes and an end.
         monotone: compare the rise of the entropy over the token before, not the entropy itself.
         max_span: longest span in tokens.
         input_dim: width of the tokens; the module gives it by ``build`` otherwise.
@@ -36,7 +36,7 @@ class EntropyThreshold(StreamingMerger):
     def __init__(
         self,
         budget: Budget | None = None,
-        vocab_size: int = 256,
+        vocab_size: int = 257,
         monotone: bool = False,
         max_span: int | None = 16,
         input_dim: int | None = None,

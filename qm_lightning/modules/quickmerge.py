@@ -15,6 +15,7 @@ from qm_lightning.backbones import HFBackbone
 from qm_lightning.losses import alignment_losses, collapse_variance, fidelity_loss, global_mean, target_loss
 from qm_lightning.merging import Merger
 from qm_lightning.metrics import QualityMetrics
+from qm_lightning.modules.compiling import CompileOptions, compile_in_place, in_buckets
 from qm_lightning.modules.optim import OptimizerOptions, build_optimizer
 from qm_lightning.priors import ARPrior, PriorOutput
 from qm_lightning.runtime.frozen import FrozenBackboneMixin
@@ -47,6 +48,7 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         eos_id: the end token; likewise.
         losses: weights of the losses.
         optimizer: the recipe.
+        compile: what torch.compile compiles; nothing by default.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         eos_id: int | None = None,
         losses: LossWeights | None = None,
         optimizer: OptimizerOptions | None = None,
+        compile: CompileOptions | None = None,  # noqa: A002  # the option's name: --model.compile.prior
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -71,13 +74,16 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         self.eos_id = eos_id
         self.weights = losses or LossWeights()
         self.options = optimizer or OptimizerOptions()
+        self.compiling = compile or CompileOptions()
+        compile_in_place(self.prior, self.merger, self.compiling)
         self.val_metrics = QualityMetrics()
         self.test_metrics = QualityMetrics()
 
     def merge(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens]:
         """Backbone and merger: what the prior reads, and what it was made from."""
         tokens = replace(self.backbone(batch["inputs"]), seeds=batch.get("seeds"))
-        return tokens, self.merger(tokens)
+        merged: MergedTokens = self.merger(tokens)
+        return tokens, in_buckets(merged, self.compiling.bucket) if self.compiling.prior else merged
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens, PriorOutput]:
         """The whole path for one batch (docs/architecture.md lists its keys)."""

@@ -74,6 +74,17 @@ def test_bad_text_is_named(context: bytes, message: str, tmp_path: Path) -> None
     assert "'s0'" in str(caught.value)
 
 
+def test_the_text_itself_as_targets(tmp_path: Path) -> None:
+    write_shards(
+        tmp_path, "test", [{"__key__": b"a", "txt": b"ab"}, {"__key__": b"b", "txt": b"abc"}], progress=False
+    )
+    data = TextDataModule(tmp_path, 2, targets="text")
+    batch = next(iter(data.test_dataloader()))
+    assert batch["targets"].tolist() == [[97, 98, -100], [97, 98, 99]]
+    assert (data.vocab_size, data.eos_id) == (257, 256)
+    assert data.decode_targets(batch["targets"][0]) == "ab"
+
+
 def test_a_missing_target_is_named(tmp_path: Path) -> None:
     write_shards(tmp_path, "test", [{"__key__": b"a", "txt": b"text"}], progress=False)
     with pytest.raises(DataError, match=r"no target\.txt among txt"):
