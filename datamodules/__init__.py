@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datamodules.image import ImageDataModule
     from datamodules.text import TextDataModule
+    from datamodules.video import VideoDataModule
 
-__all__ = ["ImageDataModule", "TextDataModule"]
+__all__ = ["ImageDataModule", "TextDataModule", "VideoDataModule"]
 
-_MODULES = {"ImageDataModule": "image", "TextDataModule": "text"}
+_MODULES = {"ImageDataModule": "image", "TextDataModule": "text", "VideoDataModule": "video"}
 
 
 def __getattr__(name: str) -> Any:

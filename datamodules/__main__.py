@@ -121,7 +121,7 @@ def _source(modality: str) -> Any:
         return importlib.import_module(f"datamodules.sources.{modality}")
     except ModuleNotFoundError as error:
         raise DataError(
-            f"there is no source for {modality!r} yet ({error}); expected one of image, text"
+            f"there is no source for {modality!r} yet ({error}); expected one of image, text, video"
         ) from error
 
 

@@ -21,7 +21,7 @@ from datamodules.shards.loader import StreamLoader
 from datamodules.shards.order import OrderSettings
 from datamodules.shards.resume import ExactResume
 from datamodules.shards.source import Source
-from datamodules.shards.stream import Batch, StreamSpec
+from datamodules.shards.stream import Batch, Decode, StreamSpec
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,10 @@ class ShardDataModule(pl.LightningDataModule):
         """
         raise NotImplementedError
 
+    def decoder(self, training: bool) -> Decode:
+        """How samples are read: by `decode`; a subclass may read those of an evaluation in another way."""
+        return self.decode
+
     def collate(self, samples: list[dict[str, Any]]) -> Batch:
         """Make a batch. Runs in a worker; the stream adds the keys that all modalities share.
 
@@ -206,7 +210,7 @@ class ShardDataModule(pl.LightningDataModule):
             locate=source.locate,
             settings=order,
             geometry=Geometry(source.total, self.batch_size, rank, world, self._tail if training else "pad"),
-            decode=self.decode,
+            decode=self.decoder(training),
             collate=self.collate,
         )
         return StreamLoader(

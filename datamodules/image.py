@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datamodules.base import ShardDataModule
-from datamodules.errors import DataError
-from datamodules.processing.fields import DIGITS_FIELD, PATCHES_FIELD, member, read_picture
+from datamodules.processing.fields import PATCHES_FIELD, read_picture
+from datamodules.processing.labels import LabelReader, TargetKind
 from datamodules.processing.pixel_config import pixel_transform
-from datamodules.processing.targets import ByteTargets, DigitTargets, pad_targets
+from datamodules.processing.targets import pad_targets
 from datamodules.shards.decode import decode_field
 from datamodules.shards.stream import Batch
 
@@ -34,7 +34,7 @@ class ImageDataModule(ShardDataModule):
         mean: without a processor: what is taken off the pixels in [0,1], one number for all channels.
         std: without a processor: what the pixels are then divided by.
         channels: without a processor: 1 (grey) or 3 (RGB).
-        targets: `digits` (11 ids) or `text` (bytes of the `txt` member, 257 ids).
+        targets: `digits` (11 ids), `digit_text` (digits as bytes) or `text` (bytes of `txt`; both 257 ids).
         target_length: longest target, end token included; the rest is cut off.
         download: fetch a processor by its name, over the network.
         **stream: options of `ShardDataModule`.
@@ -55,21 +55,21 @@ class ImageDataModule(ShardDataModule):
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
         channels: int = 3,
-        targets: Literal["digits", "text"] = "digits",
+        targets: TargetKind = "digits",
         target_length: int = 64,
         download: bool = False,
         **stream: Any,
     ) -> None:
         super().__init__(root, batch_size, **stream)
         self.pixels = pixel_transform(processor, size, mean, std, channels, download)
-        self._targets, self._target_length = targets, target_length
-        self._vocabulary = DigitTargets() if targets == "digits" else ByteTargets()
+        self._labels, self._target_length = LabelReader(targets), target_length
+        self._vocabulary = self._labels.vocabulary
         self.vocab_size, self.eos_id = self._vocabulary.vocab_size, self._vocabulary.eos_id
 
     def decode(self, fields: dict[str, bytes], key: str, seed: int) -> dict[str, Any]:
         """One picture: `pixels` uint8 [C,H,W], `targets` long [T], `patch_labels` long [N] where stored."""
         pixels = self.pixels.pixels(read_picture(fields))
-        sample: dict[str, Any] = {"pixels": pixels, "targets": self._target(fields)}
+        sample: dict[str, Any] = {"pixels": pixels, "targets": self._labels.read(fields)}
         if PATCHES_FIELD in fields:
             labels = np.asarray(decode_field(PATCHES_FIELD, fields[PATCHES_FIELD]), dtype=np.int64)
             sample["patch_labels"] = torch.from_numpy(labels.reshape(-1))
@@ -93,12 +93,3 @@ class ImageDataModule(ShardDataModule):
     def describe_input(self, batch: Batch, i: int) -> NDArray[np.float32]:
         """Picture i as [H,W] or [H,W,3] float32 in [0,1]."""
         return self.pixels.picture(batch["inputs"]["pixel_values"][i])
-
-    def _target(self, fields: dict[str, bytes]) -> Tensor:
-        if isinstance(self._vocabulary, DigitTargets):
-            digits = decode_field(DIGITS_FIELD, member(fields, DIGITS_FIELD, "targets=text"))
-            return self._vocabulary.encode(digits)
-        text: str = decode_field("txt", member(fields, "txt", "targets=digits"))
-        if not text:
-            raise DataError("the txt member is empty, expected a class name or a caption")
-        return self._vocabulary.encode(text.encode())

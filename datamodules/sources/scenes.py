@@ -73,7 +73,7 @@ def draw_scene(scans: DigitScans, random: np.random.RandomState, count: int | No
     digits = scans.digits[chosen]
     noisy = layers.max(axis=0) + random.normal(0.0, NOISE, (CANVAS, CANVAS))
     canvas = (np.clip(noisy, 0.0, 1.0) * 255.0).round().astype(np.uint8)
-    return Scene(canvas, tuple(int(d) for d in digits), boxes, _label_patches(layers, digits))
+    return Scene(canvas, tuple(int(d) for d in digits), boxes, label_patches(layers, digits))
 
 
 def _place(count: int, random: np.random.RandomState) -> tuple[Box, ...]:
@@ -90,7 +90,7 @@ def _place(count: int, random: np.random.RandomState) -> tuple[Box, ...]:
     return tuple(boxes)
 
 
-def _label_patches(layers: NDArray[np.float32], digits: NDArray[np.int64]) -> NDArray[np.uint8]:
+def label_patches(layers: NDArray[np.float32], digits: NDArray[np.int64]) -> NDArray[np.uint8]:
     """The digit with most ink per patch; [count,64,64] ink per digit -> [64] uint8."""
     side = CANVAS // PATCH
     ink = layers.reshape(len(layers), side, PATCH, side, PATCH).mean(axis=(2, 4)).reshape(len(layers), -1)

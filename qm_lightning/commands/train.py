@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import datamodules.image
-import datamodules.text  # noqa: F401  # makes the short class names known: --data TextDataModule
+import datamodules.text
+import datamodules.video  # noqa: F401  # makes the short class names known: --data TextDataModule
 from datamodules.errors import DataError
 from qm_lightning.callbacks.pictures import MergePictures
 from qm_lightning.errors import UserError
