@@ -117,7 +117,12 @@ class Arrays:
 
     def __getitem__(self, i: int) -> dict[str, bytes]:
         frames = np.random.RandomState(i).randint(0, 256, (5, 20, 24, 3), np.uint8)
-        return {"__key__": b"k%d" % i, "frames.npy": npy_bytes(frames), "txt": b"noise", "x.json": json_bytes(i)}
+        return {
+            "__key__": b"k%d" % i,
+            "frames.npy": npy_bytes(frames),
+            "txt": b"noise",
+            "x.json": json_bytes(i),
+        }
 
 
 def test_clips_of_ones_own(tmp_path: Path) -> None:
