@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from qm_lightning.callbacks.loop_state import between_steps, training_ends, validation_follows
 from qm_lightning.errors import UserError
 from qm_lightning.runtime.checkpoint_io import AtomicCheckpointIO
+from qm_lightning.runtime.rendezvous import gather
 
 
 class StepCheckpoints(ModelCheckpoint):
@@ -62,10 +63,11 @@ class StepCheckpoints(ModelCheckpoint):
             self._save(trainer, trainer.global_step % self._every_n_train_steps == 0)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report a save that failed and was not made good."""
+        """Report a save that failed and was not made good, on every rank."""
         io = trainer.strategy.checkpoint_io
-        if isinstance(io, AtomicCheckpointIO) and io.failure is not None:
-            raise UserError(f"{io.failure}; free some space and go on with --ckpt_path last")
+        failures = gather(io.failure if isinstance(io, AtomicCheckpointIO) else None)
+        if failure := next(filter(None, failures), None):
+            raise UserError(f"{failure}; free some space and go on with --ckpt_path last")
 
     def _save(self, trainer: Trainer, due: bool) -> None:
         candidates = self._monitor_candidates(trainer)

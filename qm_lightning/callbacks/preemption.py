@@ -20,6 +20,7 @@ from qm_lightning.callbacks.loop_state import (
     mark_validation_due,
     validation_follows,
 )
+from qm_lightning.runtime.checkpoint_io import AtomicCheckpointIO
 from qm_lightning.runtime.rendezvous import cpu_group
 from qm_lightning.runtime.run_directory import RunDirectory
 from qm_lightning.runtime.world import slurm_job_name
@@ -124,16 +125,19 @@ class PreemptionGuard(Callback):
 
     def _leave(self, trainer: Trainer, verdict: int) -> None:
         if trainer.is_global_zero:
-            print(
-                f"pre-empted: saved step {trainer.global_step} to {self.path}, exit code {EXIT_CODE}",
-                flush=True,
-            )
+            print(f"pre-empted: {self._saved(trainer)}, exit code {EXIT_CODE}", flush=True)
             if verdict == _LEAVE_AND_REQUEUE:
                 requeue()
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     logger.experiment.mark_preempting()
         raise Preempted
+
+    def _saved(self, trainer: Trainer) -> str:
+        io = trainer.strategy.checkpoint_io
+        if isinstance(io, AtomicCheckpointIO) and io.failure is not None:
+            return io.failure
+        return f"saved step {trainer.global_step} to {self.path}"
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the handlers back."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from qm_lightning.errors import UserError
-from qm_lightning.runtime.strategy import TIMEOUT, backend_of, cluster_environment
+from qm_lightning.runtime.strategy import backend_of, cluster_environment, collective_timeout
 from qm_lightning.runtime.world import World
 
 T = TypeVar("T")
@@ -23,19 +23,20 @@ _POLL_S = 0.05
 _cpu_group: dist.ProcessGroup | None = None
 
 
-def join(world: World, accelerator: str = "auto", timeout: timedelta = TIMEOUT) -> None:
+def join(world: World, accelerator: str = "auto", timeout: timedelta | None = None) -> None:
     """Wait for all processes and start the default process group; Lightning then uses it as it is.
 
     Args:
         world: the processes; does nothing for a single one, or when a process group exists.
         accelerator: ``trainer.accelerator``, decides between nccl and gloo.
-        timeout: how long to wait for the others, and later in every collective.
+        timeout: how long to wait for the others, and later in every collective; ``None``: the usual.
 
     Raises:
         UserError: some rank did not arrive; the message names it.
     """
     if world.size == 1 or dist.is_initialized():
         return
+    timeout = timeout or collective_timeout()
     environment = cluster_environment(world)
     address, port = environment.main_address, environment.main_port
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
@@ -121,7 +122,9 @@ def cpu_group() -> dist.ProcessGroup | None:
     if _cpu_group is None:
         default = dist.group.WORLD
         _cpu_group = (
-            default if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+            default
+            if dist.get_backend() == "gloo"
+            else dist.new_group(backend="gloo", timeout=collective_timeout())
         )
     return _cpu_group
 

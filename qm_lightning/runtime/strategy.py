@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -15,8 +17,21 @@ from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, Strategy
 from qm_lightning.errors import UserError
 from qm_lightning.runtime.world import World
 
-# Lightning and torch wait 30 minutes for a lost rank; nobody wants to.
-TIMEOUT = timedelta(minutes=5)
+TIMEOUT_VARIABLE = "QM_LIGHTNING_TIMEOUT_S"
+
+
+def collective_timeout(env: Mapping[str, str] = os.environ) -> timedelta:
+    """How long a collective waits for a lost rank: 5 minutes, or what the environment says.
+
+    Lightning waits 30 minutes. Five are enough for a slow start from a shared file system.
+
+    Raises:
+        UserError: not a number of seconds.
+    """
+    text = env.get(TIMEOUT_VARIABLE, "300")
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"found {TIMEOUT_VARIABLE}={text!r}; expected whole seconds; mend or unset it")
+    return timedelta(seconds=int(text))
 
 
 def backend_of(accelerator: str) -> str:
@@ -25,9 +40,7 @@ def backend_of(accelerator: str) -> str:
     return "nccl" if on_gpu else "gloo"
 
 
-def make_strategy(
-    world: World, requested: Any = "auto", accelerator: str = "auto", timeout: timedelta = TIMEOUT
-) -> Strategy | str:
+def make_strategy(world: World, requested: Any = "auto", accelerator: str = "auto") -> Strategy | str:
     """Choose the strategy.
 
     Lightning's own choice under a launcher can be a single-device strategy on every process: N trainings that
@@ -38,7 +51,6 @@ def make_strategy(
         requested: ``trainer.strategy`` of the configuration: ``"auto"``, ``"ddp"`` or a ready object
             (``ModelParallelStrategy``, for priors that outgrow one device).
         accelerator: ``trainer.accelerator``.
-        timeout: how long a collective waits for a lost rank.
 
     Returns:
         A ``DDPStrategy`` under a launcher, ``"auto"`` for a single process, or the requested object.
@@ -62,7 +74,7 @@ def make_strategy(
         return "auto"
     return DDPStrategy(
         process_group_backend=backend_of(accelerator),
-        timeout=timeout,
+        timeout=collective_timeout(),
         # No trainable module has running statistics: no buffer needs rank 0's copy at every step.
         broadcast_buffers=False,
         gradient_as_bucket_view=True,

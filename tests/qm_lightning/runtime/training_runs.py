@@ -11,6 +11,7 @@ import json
 import logging
 import multiprocessing as mp
 import os
+import resource
 import signal
 import socket
 import sys
@@ -36,6 +37,7 @@ from qm_lightning.runtime.assemble import always_on_callbacks, trainer_arguments
 from qm_lightning.runtime.frozen import FrozenBackboneMixin
 from qm_lightning.runtime.loggers import TrackingOptions, make_loggers
 from qm_lightning.runtime.run_directory import open_run_directory
+from qm_lightning.runtime.strategy import TIMEOUT_VARIABLE
 
 SAMPLES, WIDTH = 40, 8
 
@@ -118,7 +120,14 @@ class Attempt:
     dropout: float = 0.3
     noise: float = 0.1
     tracking: dict[str, Any] = field(default_factory=lambda: {"wandb": False})
+    timeout_s: int | None = None  # of collectives
+    absent: int | None = None  # rank that is never started
+    blind: int | None = None  # rank that sees an empty folder where the others see the run
     env: dict[str, str] = field(default_factory=dict)
+    file_limit: int | None = None  # bytes beyond which the kernel refuses to write a file
+    stop_at: tuple[int, int] | None = (
+        None  # (training batch, rank): stop the process, as a lost network would
+    )
     launcher: str = "torchrun"
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -172,6 +181,8 @@ class Learner(FrozenBackboneMixin, pl.LightningModule):
     def _happen(self) -> None:
         if self.attempt.signal_at == (self.batches, self.global_rank):
             os.kill(os.getpid(), self.attempt.signal)
+        if self.attempt.stop_at == (self.batches, self.global_rank):
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     def on_validation_epoch_start(self) -> None:
         self.total, self.count = torch.zeros(()), torch.zeros(())
@@ -283,6 +294,16 @@ def _environment(attempt: Attempt, rank: int, port: int) -> dict[str, str]:
 
 def _rank(rank: int, port: int, attempt: Attempt, data: str, run_dir: Path, trace: Path, answer: Any) -> None:
     os.environ |= _environment(attempt, rank, port) | attempt.env
+    if attempt.timeout_s is not None:
+        os.environ[TIMEOUT_VARIABLE] = str(attempt.timeout_s)
+    if attempt.blind is not None:  # a relative path, which means another place on that rank
+        place = run_dir.parent / ("elsewhere" if attempt.blind == rank else "")
+        place.mkdir(exist_ok=True)
+        os.chdir(place)
+        run_dir = Path(run_dir.name)
+    if attempt.file_limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (attempt.file_limit, resource.RLIM_INFINITY))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -310,8 +331,10 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def run(attempt: Attempt, data: Path, run_dir: Path, trace: Path, timeout: float = 60) -> list[Outcome]:
-    """Start every rank and wait for all; fails if one hangs."""
+def run(
+    attempt: Attempt, data: Path, run_dir: Path, trace: Path, timeout: float = 60, wait_for: int | None = None
+) -> list[Outcome]:
+    """Start every rank, wait for all (or the first so many, and kill the rest); fails if one hangs."""
     context = mp.get_context("forkserver")
     # Installed packages only: the fork server of Python 3.11 does not know the tests' folders.
     context.set_forkserver_preload(
@@ -321,10 +344,15 @@ def run(attempt: Attempt, data: Path, run_dir: Path, trace: Path, timeout: float
     for rank in range(attempt.world):
         receive, send = context.Pipe(duplex=False)
         process = context.Process(target=_rank, args=(rank, port, attempt, str(data), run_dir, trace, send))
-        process.start()
+        if rank != attempt.absent:
+            process.start()
+            ranks.append((process, receive))
         send.close()
-        ranks.append((process, receive))
-    return [_outcome(rank, *pair, timeout, began) for rank, pair in enumerate(ranks)]
+    try:
+        return [_outcome(rank, *pair, timeout, began) for rank, pair in enumerate(ranks[:wait_for])]
+    finally:
+        for process, _ in ranks:
+            process.kill()
 
 
 def _outcome(rank: int, process: Any, receive: Any, timeout: float, began: float) -> Outcome:
