@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +18,37 @@ from datamodules.shards.tar import CorruptShardError, members, split_key
 Offsets = npt.NDArray[np.uint64]
 
 
-def scan(path: Path) -> tuple[list[int], frozenset[str], list[str]]:
-    """Walk a shard and verify it.
+class Scan(NamedTuple):
+    """What a walk over a shard found.
 
-    Returns:
-        n+1 byte offsets; the fields that every sample has; the keys.
+    Attributes:
+        offsets: n+1 byte offsets.
+        keys: of the samples.
+        layouts: each set of fields that occurs, with the number of its samples and the first one's key.
+    """
+
+    offsets: list[int]
+    keys: list[str]
+    layouts: dict[frozenset[str], tuple[int, str]]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields that every sample has."""
+        return tuple(sorted(frozenset.intersection(*self.layouts)))
+
+    def missing(self, fields: Iterable[str]) -> list[str]:
+        """For each field that some sample lacks: how many lack it, and one that does."""
+        out = []
+        for field in sorted(fields):
+            without = [entry for layout, entry in self.layouts.items() if field not in layout]
+            if without:
+                count = sum(n for n, _ in without)
+                out.append(f"{count} of {len(self.keys)} samples lack {field!r}, first {without[0][1]!r}")
+        return out
+
+
+def scan(path: Path) -> Scan:
+    """Walk a shard and verify it.
 
     Raises:
         CorruptShardError: any damage that a tar archive can show (all but flipped data bytes, which need sha256).
@@ -31,61 +59,77 @@ def scan(path: Path) -> tuple[list[int], frozenset[str], list[str]]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return _collect(descriptor, size)
+    except ValueError as error:  # a name or a number that is none
+        raise CorruptShardError(str(error)) from error
     finally:
         os.close(descriptor)
 
 
-def _collect(descriptor: int, size: int) -> tuple[list[int], frozenset[str], list[str]]:
-    offsets: list[int] = []
-    keys: list[str] = []
+def _collect(descriptor: int, size: int) -> Scan:
+    found = Scan([], [], {})
     seen: set[str] = set()
     fields: set[str] = set()
-    common: frozenset[str] | None = None
     end = 0
     for member in members(lambda o, n: os.pread(descriptor, n, o), 0, size, whole=True):
         split = split_key(member.name)
         if split is None:
             continue
         key, field = split
-        if keys and key == keys[-1]:
+        if found.keys and key == found.keys[-1]:
             if field in fields:
                 raise CorruptShardError(f"sample {key!r} has the field {field!r} twice")
         elif key in seen:
             raise CorruptShardError(f"the files of sample {key!r} do not lie side by side")
         else:
-            common = frozenset(fields) & (frozenset(fields) if common is None else common) if keys else None
+            _count(found, fields)
             fields = set()
             seen.add(key)
-            keys.append(key)
-            offsets.append(member.start)
+            found.keys.append(key)
+            found.offsets.append(member.start)
         fields.add(field)
         end = member.next
-    if not keys:
+    if not found.keys:
         raise CorruptShardError("no sample in it")
-    common = frozenset(fields) if common is None else common & fields
-    return [*offsets, end], common, keys
+    _count(found, fields)
+    found.offsets.append(end)
+    return found
 
 
-def build_index(path: Path, *, sha256: bool = True) -> ShardEntry:
+def _count(found: Scan, fields: set[str]) -> None:
+    if fields:
+        count, first = found.layouts.get(frozenset(fields), (0, found.keys[-1]))
+        found.layouts[frozenset(fields)] = (count + 1, first)
+
+
+def build_index(path: Path, found: Scan | None = None, *, fields: Iterable[str] = ()) -> ShardEntry:
     """Verify a shard and write its index beside it.
 
     Args:
         path: the shard.
-        sha256: also take the checksum, the one thing that shows flipped data bytes.
+        found: what `scan` found in it, if that was done already.
+        fields: fields that every sample must have.
 
     Returns:
-        The shard's line in the manifest.
+        The shard's line in the manifest, with its checksum: the one thing that shows flipped data bytes.
 
     Raises:
-        CorruptShardError: the shard is damaged.
+        CorruptShardError: the shard is damaged, or a sample lacks a field.
     """
-    try:
-        offsets, fields, _ = scan(path)
-    except ValueError as error:
-        raise CorruptShardError(str(error)) from error
-    write_atomic(index_path(path), np.asarray(offsets, "<u8").tobytes())
-    checksum = sha256_of(path) if sha256 else None
-    return ShardEntry(path.name, len(offsets) - 1, path.stat().st_size, checksum, tuple(sorted(fields)))
+    found = found or scan(path)
+    if missing := found.missing(fields):
+        raise CorruptShardError("; ".join(missing))
+    write_index(path, found)
+    return entry_of(path, found, sha256_of(path))
+
+
+def write_index(path: Path, found: Scan) -> None:
+    """Write a shard's index beside it, atomically."""
+    write_atomic(index_path(path), np.asarray(found.offsets, "<u8").tobytes())
+
+
+def entry_of(path: Path, found: Scan, sha256: str) -> ShardEntry:
+    """A shard's line in the manifest."""
+    return ShardEntry(path.name, len(found.keys), path.stat().st_size, sha256, found.fields)
 
 
 def index_path(shard: Path) -> Path:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -22,6 +19,7 @@ from datamodules.shards.faults import Fault
 from datamodules.shards.geometry import Geometry, Progress, Share
 from datamodules.shards.hashing import Int, sample_seeds
 from datamodules.shards.order import EpochOrder, Order, OrderSettings
+from datamodules.shards.processes import end_with_parent
 from datamodules.shards.reader import SampleReader, ShardFile
 
 Batch = dict[str, Any]
@@ -98,7 +96,7 @@ class BatchStream(IterableDataset[Batch]):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         if info is not None and not self._guarded:
             self._guarded = True
-            threading.Thread(target=_end_with_parent, daemon=True).start()
+            end_with_parent()
         start, geometry = Progress(*self._start.tolist()), self._spec.geometry
         numbers = range(worker, geometry.remaining(start.consumed), workers)
         ahead = max(1, _AHEAD // geometry.batch)
@@ -186,10 +184,3 @@ class BatchStream(IterableDataset[Batch]):
                 f"no readable sample near position {place.position[0]} of epoch {epoch}; {faults[0]}"
             )
         return good
-
-
-def _end_with_parent() -> None:
-    """Leave when the training process is gone: torch's own watch misses that under the fork server."""
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)

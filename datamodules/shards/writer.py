@@ -1,22 +1,32 @@
-"""Writes shards: parallel, atomic, restartable, byte-identical for the same input."""
+"""Writes shards: parallel, atomic, restartable, byte-identical for the same input.
+
+A shard is finished once its checksum file lies beside it, which is written last. The manifest is taken away
+before a shard changes and written when all are finished, so a folder with a manifest is complete.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
 from rich.progress import track
 
 from datamodules.errors import DataError
-from datamodules.shards.files import sha256_of, write_atomic
-from datamodules.shards.index import build_index, index_path, load_offsets
+from datamodules.shards.files import sha256_of, sync_directory, write_atomic
+from datamodules.shards.hashing import Word
+from datamodules.shards.index import Scan, entry_of, index_path, load_offsets, scan, write_index
 from datamodules.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from datamodules.shards.processes import end_with_parent
 from datamodules.shards.tar import split_key
+
+CHECKSUM_SUFFIX = ".sha256"  # `sha256sum --check *.sha256` reads these files
 
 
 class SampleSource(Protocol):
@@ -27,6 +37,21 @@ class SampleSource(Protocol):
     def __getitem__(self, index: int, /) -> dict[str, bytes]:
         """Fields of a sample by extension, and its key (UTF-8) under ``__key__``."""
         ...
+
+
+class _Job(NamedTuple):
+    """A shard to be written: samples [start, stop)."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+class _Shard(NamedTuple):
+    """A finished shard; `keys` are 64-bit hashes of its keys."""
+
+    entry: ShardEntry
+    keys: Word
 
 
 def _check(sample: dict[str, bytes], fields: Sequence[str] | None, index: int) -> str:
@@ -44,7 +69,7 @@ def _check(sample: dict[str, bytes], fields: Sequence[str] | None, index: int) -
     return key
 
 
-def _archive(source: SampleSource, start: int, stop: int, fields: Sequence[str] | None) -> bytes:
+def _archive(source: SampleSource, job: _Job, fields: Sequence[str] | None) -> bytes:
     """The bytes of one shard. A shard is at most a few hundred megabytes, so it is made in memory."""
     from webdataset import TarWriter
 
@@ -52,7 +77,7 @@ def _archive(source: SampleSource, start: int, stop: int, fields: Sequence[str] 
     seen: set[str] = set()
     # Fixed owner and time: the same samples give the same bytes.
     with TarWriter(buffer, user="qm", group="qm", mtime=0, encoder=False) as tar:
-        for index in range(start, stop):
+        for index in range(job.start, job.stop):
             sample = source[index]
             key = _check(sample, fields, index)
             if key in seen:
@@ -62,18 +87,41 @@ def _archive(source: SampleSource, start: int, stop: int, fields: Sequence[str] 
     return buffer.getvalue()
 
 
-def _write(job: tuple[Path, int, int], source: SampleSource, fields: Sequence[str] | None) -> ShardEntry:
-    path, start, stop = job
-    write_atomic(path, _archive(source, start, stop, fields))
-    return build_index(path)  # walks what was written, so a shard that has an index has been verified
+def _write(job: _Job, source: SampleSource, fields: Sequence[str] | None) -> _Shard:
+    content = _archive(source, job, fields)
+    _withdraw_manifest(job.path.parent)
+    _checksum_path(job.path).unlink(missing_ok=True)
+    write_atomic(job.path, content)
+    found = scan(job.path)  # of what lies on the disk now
+    write_index(job.path, found)
+    checksum = hashlib.sha256(content).hexdigest()
+    write_atomic(_checksum_path(job.path), f"{checksum}  {job.path.name}\n".encode())
+    return _shard(job.path, found, checksum)
 
 
-def _finished(path: Path, samples: int, old: dict[str, ShardEntry]) -> bool:
-    """Whether an earlier run completed this shard: tar, index and checksum agree."""
-    entry = old.get(path.name)
-    if entry is None or not path.is_file() or not index_path(path).is_file():
-        return False
-    return len(load_offsets(index_path(path))) == samples + 1 and sha256_of(path) == entry.sha256
+def _shard(path: Path, found: Scan, checksum: str) -> _Shard:
+    digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in found.keys]
+    return _Shard(entry_of(path, found, checksum), np.frombuffer(b"".join(digests), np.uint64))
+
+
+def _finished(job: _Job, fields: Sequence[str] | None) -> _Shard | None:
+    """What an earlier run left of this shard, if tar, index and checksum agree."""
+    try:
+        checksum = _checksum_path(job.path).read_text().split()[0]
+        found = scan(job.path)
+        agree = (
+            len(found.keys) == job.stop - job.start
+            and load_offsets(index_path(job.path)).tolist() == found.offsets
+            and not found.missing(fields or ())
+            and sha256_of(job.path) == checksum
+        )
+    except (OSError, IndexError, DataError):
+        return None
+    return _shard(job.path, found, checksum) if agree else None
+
+
+def _make(job: _Job, source: SampleSource, fields: Sequence[str] | None) -> _Shard:
+    return _finished(job, fields) or _write(job, source, fields)
 
 
 def write_shards(
@@ -88,20 +136,23 @@ def write_shards(
 ) -> Manifest:
     """Write one split.
 
+    Shards that an earlier run finished are kept, so the folder must be one that was begun with the same
+    source and shard size; `datamodules.sources.writing` sees to that.
+
     Args:
         out_dir: the data set's folder; the shards go to ``out_dir/split``.
         split: ``train``, ``val`` or ``test``.
         source: the samples.
         shard_size: samples per shard.
         fields: fields that every sample must have.
-        workers: processes; shards do not depend on their number.
+        workers: processes, each with one shard in memory; shards do not depend on their number.
         progress: show a progress bar.
 
     Returns:
         The manifest, written last: a folder without one is not complete.
 
     Raises:
-        DataError: no samples, a bad key, or a missing field.
+        DataError: no samples, a bad key, a key that occurs twice, or a missing field.
     """
     if not len(source):
         raise DataError(
@@ -109,40 +160,60 @@ def write_shards(
         )
     folder = out_dir / split
     folder.mkdir(parents=True, exist_ok=True)
-    total = -(-len(source) // shard_size)
-    jobs = [
-        (
-            folder / f"{split}-{i:06d}-of-{total:06d}.tar",
-            i * shard_size,
-            min((i + 1) * shard_size, len(source)),
-        )
-        for i in range(total)
-    ]
-    old = _earlier(folder)
-    done = {path: old[path.name] for path, start, stop in jobs if _finished(path, stop - start, old)}
-    todo = [job for job in jobs if job[0] not in done]
-    write = partial(_write, source=source, fields=fields)
-    bar = partial(track, description=f"{split} shards", total=len(todo), disable=not progress or not todo)
-    if workers > 1 and len(todo) > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            entries = list(bar(pool.map(write, todo)))
+    jobs = _jobs(folder, split, len(source), shard_size)
+    _remove_others(folder, jobs)
+    make = partial(_make, source=source, fields=fields)
+    bar = partial(track, description=f"{split} shards", total=len(jobs), disable=not progress)
+    if workers > 1 and len(jobs) > 1:
+        with ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=end_with_parent
+        ) as pool:
+            shards = list(bar(pool.map(make, jobs)))
     else:
-        entries = list(bar(map(write, todo)))
-    done.update(zip((path for path, _, _ in todo), entries, strict=True))
-    _remove_others(folder, {path.name for path, _, _ in jobs})
-    manifest = Manifest(tuple(done[path] for path, _, _ in jobs))
+        shards = list(bar(map(make, jobs)))
+    _refuse_double_keys([job.path for job in jobs], [shard.keys for shard in shards])
+    manifest = Manifest(tuple(shard.entry for shard in shards))
     manifest.save(folder)
     return manifest
 
 
-def _earlier(folder: Path) -> dict[str, ShardEntry]:
-    if not (folder / MANIFEST_NAME).is_file():
-        return {}
-    return {entry.name: entry for entry in Manifest.load(folder).shards}
+def _jobs(folder: Path, split: str, samples: int, shard_size: int) -> list[_Job]:
+    total = -(-samples // shard_size)
+    names = (folder / f"{split}-{i:06d}-of-{total:06d}.tar" for i in range(total))
+    return [_Job(path, i * shard_size, min((i + 1) * shard_size, samples)) for i, path in enumerate(names)]
 
 
-def _remove_others(folder: Path, names: set[str]) -> None:
-    """Remove shards of an earlier run with another number of shards: they would be read as data."""
-    for path in folder.glob("*.tar*"):
-        if path.name.removesuffix(".idx") not in names:
-            path.unlink()
+def _checksum_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + CHECKSUM_SUFFIX)
+
+
+def _remove_others(folder: Path, jobs: Iterable[_Job]) -> None:
+    """Remove what would be read as data, or never again: other numbers of shards, files cut by a kill."""
+    names = {job.path.name + suffix for job in jobs for suffix in ("", ".idx", CHECKSUM_SUFFIX)}
+    if others := [path for path in folder.glob("*.tar*") if path.name not in names]:
+        _withdraw_manifest(folder)
+    for path in others:
+        path.unlink()
+
+
+def _withdraw_manifest(folder: Path) -> None:
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    sync_directory(folder)
+
+
+def _refuse_double_keys(paths: Sequence[Path], keys: Sequence[Word]) -> None:
+    """Keys must be unique over the split: they name samples in predictions and in error messages."""
+    values, counts = np.unique(np.concatenate(keys), return_counts=True)
+    suspects = values[counts > 1]
+    if not len(suspects):
+        return
+    first: dict[str, Path] = {}
+    for path in (p for p, k in zip(paths, keys, strict=True) if np.isin(k, suspects).any()):
+        for key in scan(path).keys:
+            if key in first:
+                _checksum_path(path).unlink()  # else a restart would keep these shards
+                _checksum_path(first[key]).unlink()
+                raise DataError(
+                    f"the key {key!r} occurs in {first[key].name} and in {path.name}; keys must be unique"
+                )
+            first[key] = path
