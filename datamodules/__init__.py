@@ -7,12 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datamodules.image import ImageDataModule
+    from datamodules.paired import PairedDataModule
     from datamodules.text import TextDataModule
     from datamodules.video import VideoDataModule
 
-__all__ = ["ImageDataModule", "TextDataModule", "VideoDataModule"]
+__all__ = ["ImageDataModule", "PairedDataModule", "TextDataModule", "VideoDataModule"]
 
-_MODULES = {"ImageDataModule": "image", "TextDataModule": "text", "VideoDataModule": "video"}
+_MODULES = {
+    "ImageDataModule": "image",
+    "PairedDataModule": "paired",
+    "TextDataModule": "text",
+    "VideoDataModule": "video",
+}
+    "ImageDataModule": "image",
+    "PairedDataModule": "paired",
+    "TextDataModule": "text",
+    "VideoDataModule": "video",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -40,7 +40,7 @@ def _source(modality: str) -> Any:
         return importlib.import_module(f"datamodules.sources.{modality}")
     except ModuleNotFoundError as error:
         raise DataError(
-            f"there is no source for {modality!r} yet ({error}); expected one of image, text, video"
+            f"there is no source for {modality!r} yet ({error}); expected one of image, paired, text, video"
         ) from error
 
 

@@ -10,10 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from datamodules.errors import DataError
-from datamodules.processing.pretrained import find_source, network
 from datamodules.processing.targets import ByteTargets, until_end
-
-BYTES = "bytes"
+from datamodules.processing.tokenizer import BYTES, load_tokenizer
 
 
 class TextReader(Protocol):
@@ -108,26 +106,13 @@ class TokenizerReader:
     """A backbone's own tokenizer, with the special tokens it adds.
 
     Args:
-        name_or_path: folder or hub name.
+        name_or_path: folder, `tokenizer.json` or hub name.
         length: longest text in tokens, special tokens included.
         download: fetch it by its name.
     """
 
     def __init__(self, name_or_path: str, length: int, download: bool) -> None:
-        from transformers import AutoTokenizer
-
-        source = find_source(name_or_path)
-        try:
-            with network(download):
-                self._tokenizer = AutoTokenizer.from_pretrained(
-                    source, trust_remote_code=False, local_files_only=not download
-                )
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"found no tokenizer in {name_or_path!r} ({reason}); give tokenizer=bytes for a byte-level "
-                "backbone, the folder that its tokenizer was saved to, or a name with download=true"
-            ) from None
+        self._tokenizer = load_tokenizer(name_or_path, download)
         self._tokenizer.truncation_side, self._tokenizer.padding_side = "left", "right"
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.unk_token

@@ -11,6 +11,8 @@ from datamodules.shards.decode import decode_field
 IMAGE_FIELDS = ("png", "jpg", "jpeg")
 DIGITS_FIELD = "digits.json"
 PATCHES_FIELD = "patches.npy"
+CAPTION_FIELD = "txt"
+QUESTION_FIELD = "question.txt"
 
 
 def read_picture(fields: dict[str, bytes]) -> NDArray[np.uint8]:

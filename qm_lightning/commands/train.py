@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import datamodules.image
+import datamodules.paired
 import datamodules.text
 import datamodules.video  # noqa: F401  # makes the short class names known: --data TextDataModule
 from datamodules.errors import DataError
