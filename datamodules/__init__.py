@@ -19,11 +19,6 @@ _MODULES = {
     "TextDataModule": "text",
     "VideoDataModule": "video",
 }
-    "ImageDataModule": "image",
-    "PairedDataModule": "paired",
-    "TextDataModule": "text",
-    "VideoDataModule": "video",
-}
 
 
 def __getattr__(name: str) -> Any:
