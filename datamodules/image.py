@@ -34,8 +34,9 @@ class ImageDataModule(ShardDataModule):
         mean: without a processor: what is taken off the pixels in [0,1], one number for all channels.
         std: without a processor: what the pixels are then divided by.
         channels: without a processor: 1 (grey) or 3 (RGB).
-        targets: `digits` (11 ids), `digit_text` (digits as bytes) or `text` (bytes of `txt`; both 257 ids).
-        target_length: longest target, end token included; the rest is cut off.
+        targets: `digits` (11 ids), `digit_text` (digits as bytes) or `text` (bytes of `txt`; both 257 ids); or a
+            label set: `digit_labels`, `word_labels`, `text_labels` (see `LabelReader`).
+        target_length: longest target, end token included; the rest is cut off, of label sets whole labels.
         download: fetch a processor by its name, over the network.
         **stream: options of `ShardDataModule`.
 
@@ -62,14 +63,15 @@ class ImageDataModule(ShardDataModule):
     ) -> None:
         super().__init__(root, batch_size, **stream)
         self.pixels = pixel_transform(processor, size, mean, std, channels, download)
-        self._labels, self._target_length = LabelReader(targets), target_length
+        self._labels, self._target_length = LabelReader(targets, target_length), target_length
+        self.label_sets = self._labels.is_set
         self._vocabulary = self._labels.vocabulary
         self.vocab_size, self.eos_id = self._vocabulary.vocab_size, self._vocabulary.eos_id
 
     def decode(self, fields: dict[str, bytes], key: str, seed: int) -> dict[str, Any]:
         """One picture: `pixels` uint8 [C,H,W], `targets` long [T], `patch_labels` long [N] where stored."""
         pixels = self.pixels.pixels(read_picture(fields))
-        sample: dict[str, Any] = {"pixels": pixels, "targets": self._labels.read(fields)}
+        sample: dict[str, Any] = {"pixels": pixels, "targets": self._labels.read(fields, seed)}
         if PATCHES_FIELD in fields:
             labels = np.asarray(decode_field(PATCHES_FIELD, fields[PATCHES_FIELD]), dtype=np.int64)
             sample["patch_labels"] = torch.from_numpy(labels.reshape(-1))

@@ -1,8 +1,17 @@
-"""LightningModules: the QuickMerge module and the pre-training of small backbones."""
+"""LightningModules: the QuickMerge module, its kin for label sets, and the pre-training of small backbones."""
 
+from qm_lightning.modules.nxtp import LabelDecoding, NXTPModule
 from qm_lightning.modules.optim import OptimizerOptions
 from qm_lightning.modules.pretrain import BackbonePretrainModule
 from qm_lightning.modules.quickmerge import LossWeights, QuickMergeModule
 from qm_lightning.modules.streaming import StreamingModule
 
-__all__ = ["BackbonePretrainModule", "LossWeights", "OptimizerOptions", "QuickMergeModule", "StreamingModule"]
+__all__ = [
+    "BackbonePretrainModule",
+    "LabelDecoding",
+    "LossWeights",
+    "NXTPModule",
+    "OptimizerOptions",
+    "QuickMergeModule",
+    "StreamingModule",
+]

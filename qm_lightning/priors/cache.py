@@ -55,7 +55,7 @@ class KVCache:
 
         Args:
             layer: index of the layer.
-            keys: [B,heads,S,d], the S new tokens; S = 1 unless the cache is empty.
+            keys: [B,heads,S,d], the S new tokens; S > 1 only where all samples hold ``extent`` tokens.
             values: [B,heads,S,d].
 
         Returns:
@@ -63,9 +63,9 @@ class KVCache:
         """
         end = self.extent + keys.shape[2]
         held_keys, held_values = self.keys[layer], self.values[layer]
-        if self.extent == 0:
-            held_keys[:, :, :end] = keys
-            held_values[:, :, :end] = values
+        if self.extent == 0 or keys.shape[2] > 1:
+            held_keys[:, :, self.extent : end] = keys
+            held_values[:, :, self.extent : end] = values
         else:
             held_keys[self._rows, :, self.lengths] = keys[:, :, 0]
             held_values[self._rows, :, self.lengths] = values[:, :, 0]

@@ -68,16 +68,23 @@ class CausalAttention(nn.Module):
         self.project_out = nn.Linear(dim, dim, bias=False)
 
     def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], bias: Tensor, cache: KVCache | None, layer: int
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        bias: Tensor,
+        cache: KVCache | None,
+        layer: int,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Attend to the tokens up to each one.
+        """Attend to the tokens up to each one, or to those that ``mask`` allows.
 
         Args:
             x: [B,S,dim].
             tables: cosines and sines, [B,1,S,content / 2].
             bias: [B,S], see ``key_bias``.
-            cache: earlier tokens; empty, or S = 1.
+            cache: earlier tokens; empty, or S = 1, or ``mask`` is given.
             layer: index of this layer in the cache.
+            mask: bool, broadcastable to [B,heads,S,keys], True = may attend; ``None``: causal.
 
         Returns:
             [B,S,dim].
@@ -91,7 +98,10 @@ class CausalAttention(nn.Module):
         key = rotate(key, *tables, bias_channels(bias, value.dtype))
         if cache is not None:
             key, value = cache.extend(layer, key, value)
-        out = self.attend(query, key, value)
+        if mask is None:
+            out = self.attend(query, key, value)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
         merged_heads: Tensor = self.project_out(out.transpose(1, 2).flatten(2))
         return merged_heads
 
@@ -181,10 +191,16 @@ class Block(nn.Module):
             nn.init.normal_(branch.weight, std=(2 * depth * branch.in_features) ** -0.5)
 
     def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], bias: Tensor, cache: KVCache | None, layer: int
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        bias: Tensor,
+        cache: KVCache | None,
+        layer: int,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """[B,S,dim] -> [B,S,dim]; arguments as in ``CausalAttention``."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), tables, bias, cache, layer))
+        x = x + self.dropout(self.attention(self.attention_norm(x), tables, bias, cache, layer, mask))
         out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return out
 
@@ -230,21 +246,31 @@ class CausalTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, bias=False)
         self.pairs = (dim // heads - BIAS_CHANNELS) // 2
 
-    def forward(self, x: Tensor, positions: Tensor, bias: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Read a sequence from left to right.
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        bias: Tensor,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Read a sequence from left to right, or as ``mask`` says.
 
         Args:
             x: [B,S,dim] embeddings.
             positions: [B,S,3] long.
             bias: [B,S] what each token adds to its scores as a key (``key_bias``); the first must be valid.
-            cache: tokens read before; either empty, or S = 1. It is written to; the caller advances it.
+            cache: tokens read before; either empty, or S = 1, or ``mask`` is given. It is written to; the
+                caller advances it.
+            mask: bool, broadcastable to [B,heads,S,keys], True = may attend; ``None``: causal. Each row needs
+                a key that it may attend to and that is valid.
 
         Returns:
-            [B,S,dim] normalised hidden states; row s depends on tokens up to s only.
+            [B,S,dim] normalised hidden states; without a mask row s depends on tokens up to s only.
         """
         tables = rotary_tables(positions, self.pairs, self.rope_base, self.norm.weight.dtype)
         for layer, block in enumerate(self.blocks):
-            x = block(x, tables, bias, cache, layer)
+            x = block(x, tables, bias, cache, layer, mask)
         out: Tensor = self.norm(x)
         return out
 
