@@ -84,7 +84,8 @@ class VideoDataModule(ShardDataModule):
                 f"frames is {self.frames}, stride {self.stride} and tubelet {self.tubelet}; expected 1 or more each, "
                 "and frames a multiple of tubelet"
             )
-        self._labels, self._target_length = LabelReader(targets), target_length
+        self._labels, self._target_length = LabelReader(targets, target_length), target_length
+        self.label_sets = self._labels.is_set
         self._vocabulary = self._labels.vocabulary
         self.vocab_size, self.eos_id = self._vocabulary.vocab_size, self._vocabulary.eos_id
 
@@ -104,7 +105,7 @@ class VideoDataModule(ShardDataModule):
         clip = open_clip(fields)
         chosen = self._window(len(clip), place)
         pixels = torch.stack([self.pixels.pixels(frame) for frame in clip.read(chosen)])
-        sample: dict[str, Any] = {"pixels": pixels, "targets": self._labels.read(fields)}
+        sample: dict[str, Any] = {"pixels": pixels, "targets": self._labels.read(fields, seed)}
         if PATCHES_FIELD in fields:
             labels = np.asarray(decode_field(PATCHES_FIELD, fields[PATCHES_FIELD]), dtype=np.int64)
             sample["patch_labels"] = torch.from_numpy(join_labels(labels[chosen], self.tubelet))
