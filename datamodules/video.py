@@ -95,13 +95,13 @@ class VideoDataModule(ShardDataModule):
 
     def decode(self, fields: dict[str, bytes], key: str, seed: int) -> dict[str, Any]:
         """A window that starts anywhere: `pixels` uint8 [F,C,H,W], `targets` long [T], `patch_labels` long [N]."""
-        return self._decode(fields, np.random.RandomState(seed % 2**32).random_sample())
+        return self._decode(fields, np.random.RandomState(seed % 2**32).random_sample(), seed)
 
     def decode_middle(self, fields: dict[str, bytes], key: str, seed: int) -> dict[str, Any]:
         """The window in the middle of the clip; the same keys as `decode`."""
-        return self._decode(fields, 0.5)
+        return self._decode(fields, 0.5, seed)
 
-    def _decode(self, fields: dict[str, bytes], place: float) -> dict[str, Any]:
+    def _decode(self, fields: dict[str, bytes], place: float, seed: int) -> dict[str, Any]:
         clip = open_clip(fields)
         chosen = self._window(len(clip), place)
         pixels = torch.stack([self.pixels.pixels(frame) for frame in clip.read(chosen)])
