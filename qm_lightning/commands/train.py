@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -14,6 +16,7 @@ import datamodules.image
 import datamodules.paired
 import datamodules.text
 import datamodules.video  # noqa: F401  # makes the short class names known: --data TextDataModule
+from datamodules.base import ShardDataModule
 from datamodules.errors import DataError
 from qm_lightning.callbacks.pictures import MergePictures
 from qm_lightning.errors import UserError
@@ -21,7 +24,9 @@ from qm_lightning.modules import QuickMergeModule
 from qm_lightning.results import write_predictions, write_results
 from qm_lightning.runtime.assemble import always_on_callbacks, trainer_arguments
 from qm_lightning.runtime.loggers import TrackingOptions, make_loggers
+from qm_lightning.runtime.rank_facts import collect_facts, require_same
 from qm_lightning.runtime.run_directory import Policy, RunDirectory, open_run_directory
+from qm_lightning.runtime.world import resolve_world
 
 # A configuration can name classes of these packages only: `class_path: os.system` is refused.
 ALLOWED_PACKAGES = ["qm_lightning", "datamodules", "lightning", "torch.optim", "torch.nn", "torchmetrics"]
@@ -50,7 +55,8 @@ class QuickMergeCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=0,
-            args=list(args),
+            # Lightning warns of arguments given twice, even where they are the same.
+            args=None if list(args) == sys.argv[1:] else list(args),
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -114,6 +120,7 @@ class QuickMergeCLI(LightningCLI):
         config = self.config[self.subcommand]
         options = self.config_init[self.subcommand].trainer
         self._dump_config()
+        self._compare_ranks()
         if self.subcommand == "fit" and not options.fast_dev_run:
             options.callbacks = [*(options.callbacks or []), *self._callbacks(config)]
             self.run.write_config(self.config_dump)
@@ -121,6 +128,13 @@ class QuickMergeCLI(LightningCLI):
         return super().instantiate_trainer(
             default_root_dir=str(self.run.path), **trainer_arguments(options), **kwargs
         )
+
+    def _compare_ranks(self) -> None:
+        """A short pre-flight: the same versions, configuration and data on every rank, or no start."""
+        world = resolve_world(os.environ)
+        if world.size > 1:
+            data = self.datamodule.fingerprint() if isinstance(self.datamodule, ShardDataModule) else "-"
+            require_same(collect_facts(world, self.config_dump, data))
 
     def _callbacks(self, config: Any) -> list[Callback]:
         callbacks = always_on_callbacks(

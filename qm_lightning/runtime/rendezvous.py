@@ -48,6 +48,19 @@ def join(world: World, accelerator: str = "auto", timeout: timedelta | None = No
     atexit.register(leave)
 
 
+def local_address(world: World) -> str:
+    """The address from which this process reaches rank 0, and the interface that it was told to use."""
+    named = os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME") or ""
+    target = "127.0.0.1" if world.size == 1 else os.environ.get("MASTER_ADDR", "127.0.0.1")
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))  # no packet is sent: it only asks for the route
+            address = str(probe.getsockname()[0])
+    except OSError:
+        address = f"no route to {target}"
+    return f"{named} {address}".strip()
+
+
 def leave() -> None:
     """Destroy the process group, if there is one."""
     global _cpu_group

@@ -140,3 +140,10 @@ def test_node_local_directories_are_refused(shards: Path, tmp_path: Path) -> Non
     outcomes = run(attempt, shards, tmp_path / "run", tmp_path / "trace")
     assert [o.code for o in outcomes] == [2, 2]
     assert "rank 1 does not see" in outcomes[0].error
+
+
+def test_ranks_that_differ_do_not_start(shards: Path, tmp_path: Path) -> None:
+    outcomes = run(Attempt(world=2, odd=1), shards, tmp_path / "run", tmp_path / "trace")
+    assert [o.code for o in outcomes] == [2, 2]
+    assert "the ranks differ (config: rank 0 has" in outcomes[0].error
+    assert not traced(tmp_path / "trace")

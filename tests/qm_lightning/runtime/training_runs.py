@@ -36,8 +36,10 @@ from qm_lightning.errors import UserError
 from qm_lightning.runtime.assemble import always_on_callbacks, trainer_arguments
 from qm_lightning.runtime.frozen import FrozenBackboneMixin
 from qm_lightning.runtime.loggers import TrackingOptions, make_loggers
+from qm_lightning.runtime.rank_facts import collect_facts, require_same
 from qm_lightning.runtime.run_directory import open_run_directory
 from qm_lightning.runtime.strategy import TIMEOUT_VARIABLE
+from qm_lightning.runtime.world import resolve_world
 
 SAMPLES, WIDTH = 40, 8
 
@@ -122,6 +124,7 @@ class Attempt:
     tracking: dict[str, Any] = field(default_factory=lambda: {"wandb": False})
     timeout_s: int | None = None  # of collectives
     absent: int | None = None  # rank that is never started
+    odd: int | None = None  # rank with another configuration
     blind: int | None = None  # rank that sees an empty folder where the others see the run
     env: dict[str, str] = field(default_factory=dict)
     file_limit: int | None = None  # bytes beyond which the kernel refuses to write a file
@@ -220,6 +223,9 @@ def fit(attempt: Attempt, data_root: str, run_dir: Path, trace: Path) -> dict[st
         str(run_dir), "tiny", ckpt_path=attempt.ckpt_path, fresh=attempt.fresh, policy=attempt.policy
     )
     config = {"learning_rate": attempt.learning_rate, **attempt.config}
+    world = resolve_world(os.environ)
+    if world.size > 1:
+        require_same(collect_facts(world, {"odd": world.rank == attempt.odd}))
     run.write_config(config)
     data = Numbers(data_root, attempt.batch, num_workers=attempt.workers, seed=3, start_method="fork")
     options: dict[str, Any] = {
