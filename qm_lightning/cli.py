@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qm_lightning import __version__
 from qm_lightning.errors import UserError
@@ -62,12 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     # The tokenizers library warns about forked data workers unless told.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    module = importlib.import_module(f"qm_lightning.commands.{VERBS[args[0]][0]}")
+    # The Lightning verbs share one parser, which reads the verb itself.
+    return exit_code(lambda: module.main(args if VERBS[args[0]][0] == "train" else args[1:]))
+
+
+def exit_code(call: Callable[[], int]) -> int:
+    """What ``call`` returns; 2 for a mistake of the user's, which is printed as one line."""
     from datamodules.errors import DataError
 
-    module = importlib.import_module(f"qm_lightning.commands.{VERBS[args[0]][0]}")
     try:
-        # The Lightning verbs share one parser, which reads the verb itself.
-        return int(module.main(args if VERBS[args[0]][0] == "train" else args[1:]))
+        return int(call())
     except (UserError, DataError) as error:
         print(_one_line(error), file=sys.stderr)
         return USAGE_ERROR

@@ -83,6 +83,7 @@ def main(argv: Sequence[str]) -> int:
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; expected at least 1")
 
+    _import_aside()
     from rich.console import Console
 
     from qm_lightning.comparing.cells import make_cells
@@ -108,13 +109,31 @@ def main(argv: Sequence[str]) -> int:
     return FAILED if failures else 0
 
 
+# What the process of a cell imports. Those that are not installed are passed over.
+PRELOADED = (
+    "qm_lightning.comparing.cell_cli",
+    "qm_lightning.comparing.worker",
+    "qm_lightning.pictures",
+    "PIL.Image",
+    "s3fs",  # Lightning asks it whether checkpoints lie in an object store
+)
+
+
 def _context() -> ForkServerContext:
     """Processes forked from one that has imported everything: fresh, and at no start-up cost."""
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qm_lightning.commands.train", "qm_lightning.comparing.worker"])
+    context.set_forkserver_preload(list(PRELOADED))
     return context
+
+
+def _import_aside() -> None:
+    """Let the process that cells are forked from do its imports while this one does its own."""
+    from multiprocessing import forkserver
+
+    _context()
+    forkserver.ensure_running()
 
 
 def _cores() -> int:
@@ -136,8 +155,8 @@ def _train(cells: Sequence[Cell], jobs: int, steps: int, console: Console) -> li
     context = _context()
 
     def start(cell: Cell) -> BaseProcess:
-        commands = [cell.arguments("fit"), cell.arguments("test")]
-        process = context.Process(target=worker.run_cell, args=(commands, cell.log, max(1, _cores() // jobs)))
+        threads = max(1, _cores() // jobs)
+        process = context.Process(target=worker.train_cell, args=(cell.arguments("fit"), cell.log, threads))
         process.start()
         return process
 

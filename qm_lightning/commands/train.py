@@ -97,6 +97,10 @@ class QuickMergeCLI(LightningCLI):
         )
         parser.set_defaults({"trainer.use_distributed_sampler": False, "trainer.logger": False})
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Lightning's, less a warning against arguments from a program: ours are the command line's."""
+        self.config = parser.parse_args(args)
+
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's stored values overrule the command line here; ours does not."""
 
@@ -125,6 +129,8 @@ class QuickMergeCLI(LightningCLI):
             options.callbacks = [*(options.callbacks or []), *self._callbacks(config)]
             self.run.write_config(self.config_dump)
             options.logger = make_loggers(self.run, config.name, config.logger, self.config_dump)
+        elif self.subcommand == "test":
+            options.callbacks = [*(options.callbacks or []), *self._pictures()]
         return super().instantiate_trainer(
             default_root_dir=str(self.run.path), **trainer_arguments(options), **kwargs
         )
@@ -140,10 +146,11 @@ class QuickMergeCLI(LightningCLI):
         callbacks = always_on_callbacks(
             self.run, seed=config.seed_everything, checkpoint_every=config.checkpoint_every
         )
-        callbacks += self.datamodule.callbacks()
-        if isinstance(self.model, QuickMergeModule):
-            callbacks.append(MergePictures(self.run.path / "report" / "examples"))
-        return callbacks
+        return [*callbacks, *self.datamodule.callbacks(), *self._pictures()]
+
+    def _pictures(self) -> list[Callback]:
+        merges = isinstance(self.model, QuickMergeModule)
+        return [MergePictures(self.run.path / "report" / "examples")] if merges else []
 
     def after_test(self) -> None:
         """Write results.json: quality, cost and configuration of the tested run."""
@@ -178,17 +185,18 @@ def share_processor(config: Any) -> None:
             )
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], cli: type[QuickMergeCLI] = QuickMergeCLI) -> int:
     """Run a Lightning verb.
 
     Args:
         argv: the verb and its options.
+        cli: the command line that runs it.
 
     Returns:
         0; mistakes raise ``UserError``.
     """
     try:
-        QuickMergeCLI(argv)
+        cli(argv)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except ValueError as error:

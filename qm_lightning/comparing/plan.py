@@ -44,7 +44,12 @@ class Plan:
 
 
 class _ConfigurationOnly(QuickMergeCLI):
-    """Reads and checks a configuration, and builds nothing."""
+    """Reads and checks the configuration of ``fit``, and builds nothing."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only fit: the parsers of the other verbs take time to build."""
+        return {"fit": QuickMergeCLI.subcommands()["fit"]}
 
     def before_instantiate_classes(self) -> None:
         """Only the check that backbone and data agree."""

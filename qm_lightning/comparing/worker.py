@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -10,24 +11,27 @@ from collections.abc import Sequence
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qm_lightning import cli
 
+if TYPE_CHECKING:
+    from qm_lightning.commands.train import QuickMergeCLI
 
-def run_cell(commands: Sequence[Sequence[str]], log: Path, threads: int) -> None:
-    """Run command lines one after the other; leave with the first exit code that is not 0.
+
+def train_cell(command: Sequence[str], log: Path, threads: int) -> None:
+    """Train and test a cell; leave with the exit code of ``train.py``.
 
     Args:
-        commands: arguments of train.py.
+        command: ``fit`` and its options.
         log: file that takes all output.
         threads: of torch.
     """
     _settle(log, threads)
-    for command in commands:
-        print(f"\n$ python train.py {' '.join(command)}", flush=True)
-        code = cli.main(command)
-        if code:
-            sys.exit(code)
+    print(f"\n$ python train.py {shlex.join(command)}    # and test", flush=True)
+    from qm_lightning.comparing.cell_cli import CellCLI
+
+    _run(command, CellCLI)
 
 
 def measure_cell(command: Sequence[str], log: Path, threads: int) -> None:
@@ -40,9 +44,17 @@ def measure_cell(command: Sequence[str], log: Path, threads: int) -> None:
     """
     _settle(log, threads)
     print("\n$ measure the cost again", flush=True)
-    from qm_lightning.comparing.cost_only import CostOnlyCLI
+    from qm_lightning.comparing.cell_cli import CostOnlyCLI
 
-    CostOnlyCLI(command)
+    _run(command, CostOnlyCLI)
+
+
+def _run(command: Sequence[str], kind: type[QuickMergeCLI]) -> None:
+    from qm_lightning.commands import train
+
+    code = cli.exit_code(lambda: train.main(command, kind))
+    if code:
+        sys.exit(code)
 
 
 def _settle(log: Path, threads: int) -> None:
@@ -51,7 +63,6 @@ def _settle(log: Path, threads: int) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us too; the comparison asks with SIGTERM
-    sys.argv = sys.argv[:1]  # LightningCLI warns of arguments that it is not meant to read
     parent = parent_process()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
