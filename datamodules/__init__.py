@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datamodules.image import ImageDataModule
+    from datamodules.mixture import MixtureDataModule
     from datamodules.paired import PairedDataModule
     from datamodules.text import TextDataModule
     from datamodules.video import VideoDataModule
 
-__all__ = ["ImageDataModule", "PairedDataModule", "TextDataModule", "VideoDataModule"]
+__all__ = ["ImageDataModule", "MixtureDataModule", "PairedDataModule", "TextDataModule", "VideoDataModule"]
 
 _MODULES = {
     "ImageDataModule": "image",
+    "MixtureDataModule": "mixture",
     "PairedDataModule": "paired",
     "TextDataModule": "text",
     "VideoDataModule": "video",

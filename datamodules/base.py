@@ -8,13 +8,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from datamodules.errors import DataError
+from datamodules.resumable import ResumableDataModule
 from datamodules.shards.faults import FaultPolicy, OnError
 from datamodules.shards.geometry import Geometry, Tail
 from datamodules.shards.loader import StreamLoader
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 Split = Literal["train", "val", "test"]
 
 
-class ShardDataModule(pl.LightningDataModule):
+class ShardDataModule(ResumableDataModule[StreamLoader]):
     """Streams WebDataset shards, exactly resumable, to any LightningModule.
 
     Subclasses implement `decode`, `collate`, `decode_targets` and `describe_input`, and set `modality`,
@@ -62,6 +62,8 @@ class ShardDataModule(pl.LightningDataModule):
     modality: ClassVar[str]
     vocab_size: int
     eos_id: int
+    part_name: str | None = None
+    """Name in a mixture, which then stands in every batch under `modality`."""
     required_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that every sample must have, by the manifest; a missing one is found before training."""
 
@@ -112,8 +114,6 @@ class ShardDataModule(pl.LightningDataModule):
         }
         self._cache = (cache_dir, cache_bytes)
         self._sources: dict[str, Source | None] = {}
-        self._train: StreamLoader | None = None
-        self._state: dict[str, Any] | None = None
         self._group: Any = None
 
     # For subclasses -------------------------------------------------------------------------------------
@@ -161,7 +161,8 @@ class ShardDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Forget the state of a former run, and see that exact resume is possible."""
-        self._state = self._train = self._group = None
+        super().setup(stage)
+        self._group = None
         if stage == "fit" and not any(isinstance(c, ExactResume) for c in self._callbacks_in_use()):
             log.warning(
                 "the Trainer lacks the exact-resume callback, so checkpoints from the middle of an epoch "
@@ -174,27 +175,27 @@ class ShardDataModule(pl.LightningDataModule):
         Raises:
             DataError: there is no such split, or the shards changed since the checkpoint.
         """
-        loader = self._loader("train", training=True)
-        reloading = self._train is not None and self.trainer is not None and self.trainer.training
-        state = self._train.state_dict() if self._train is not None and reloading else self._state
-        if state is not None:
-            loader.load_state_dict(state)
-        self._train = loader
-        return loader
+        return self.resume(self._loader("train", self._tail))
+
+    def endless_dataloader(self) -> StreamLoader:
+        """Full batches of ROOT/train, pass after pass: a part of a mixture, which keeps the position."""
+        return self._loader("train", "carry")
 
     def val_dataloader(self) -> StreamLoader | list[StreamLoader]:
         """All samples of ROOT/val, each once, over all ranks; nothing if there is no such split."""
-        return self._loader("val", training=False) if self._source("val") is not None else []
+        return self._loader("val") if self._source("val") is not None else []
 
     def test_dataloader(self) -> StreamLoader:
         """All samples of ROOT/test, each once, over all ranks."""
-        return self._loader("test", training=False)
+        return self._loader("test")
 
     def predict_dataloader(self) -> StreamLoader:
         """All samples of `predict_split`, each once; `position` tells their order."""
-        return self._loader(self.predict_split, training=False)
+        return self._loader(self.predict_split)
 
-    def _loader(self, split: Split, *, training: bool) -> StreamLoader:
+    def _loader(self, split: Split, train_tail: Tail | None = None) -> StreamLoader:
+        """A split's loader; with a tail: for training."""
+        training = train_tail is not None
         source = self._source(split)
         if source is None:
             raise DataError(
@@ -209,9 +210,9 @@ class ShardDataModule(pl.LightningDataModule):
             shards=source.shards,
             locate=source.locate,
             settings=order,
-            geometry=Geometry(source.total, self.batch_size, rank, world, self._tail if training else "pad"),
+            geometry=Geometry(source.total, self.batch_size, rank, world, train_tail or "pad"),
             decode=self.decoder(training),
-            collate=self.collate,
+            collate=self._collate,
         )
         return StreamLoader(
             spec,
@@ -221,6 +222,10 @@ class ShardDataModule(pl.LightningDataModule):
             training=training,
             agree=self._agree if world > 1 and dist.is_initialized() else None,
         )
+
+    def _collate(self, samples: list[dict[str, Any]]) -> Batch:
+        batch = self.collate(samples)
+        return batch if self.part_name is None else {**batch, "modality": self.part_name}
 
     def _source(self, split: Split) -> Source | None:
         if split not in self._sources:
@@ -240,22 +245,6 @@ class ShardDataModule(pl.LightningDataModule):
         bad, failures = counts.tolist()
         return bad, failures
 
-    # Resume ---------------------------------------------------------------------------------------------
-
-    def callbacks(self) -> list[Callback]:
-        """What exact resume needs in the Trainer: `Trainer(callbacks=datamodule.callbacks())`."""
-        return [ExactResume()]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The train loader's state: position and identity."""
-        return self._train.state_dict() if self._train is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a state for the train loader, which may be made later, or has been already."""
-        self._state = state_dict
-        if self._train is not None:
-            self._train.load_state_dict(state_dict)
-
     def fingerprint(self) -> str:
         """Identity of all shards of all splits, as hexadecimal SHA-256."""
         digest = hashlib.sha256()
@@ -263,11 +252,6 @@ class ShardDataModule(pl.LightningDataModule):
             source = self._source(split)
             digest.update(f"{split}:{source.fingerprint if source else '-'};".encode())
         return digest.hexdigest()
-
-    def teardown(self, stage: str) -> None:
-        """Stop workers that were kept between epochs."""
-        if self._train is not None:
-            self._train.close()
 
     def _callbacks_in_use(self) -> list[Callback]:
         return list(self.trainer.callbacks) if self.trainer is not None else []  # type: ignore[attr-defined]

@@ -19,8 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from datamodules.errors import DataError
 from datamodules.shards.loader import StreamLoader
+from datamodules.shards.mixture import MixtureLoader
 
 log = logging.getLogger(__name__)
+
+TrainLoader = StreamLoader | MixtureLoader
 
 TESTED_LIGHTNING = ("2.6",)
 """Minor versions whose progress counters, a private interface, this callback is tested with."""
@@ -36,7 +39,7 @@ class ExactResume(Callback):
     """
 
     def __init__(self) -> None:
-        self._loader: StreamLoader | None = None
+        self._loader: TrainLoader | None = None
         self._in_flight: tuple[int, int] | None = None
         self._step = 0
 
@@ -77,14 +80,14 @@ class ExactResume(Callback):
         if stage == "fit":
             self._loader = self._in_flight = None
 
-    def _attach(self, trainer: pl.Trainer) -> StreamLoader | None:
+    def _attach(self, trainer: pl.Trainer) -> TrainLoader | None:
         """The train loader, watched from now on; None if this run streams nothing."""
         if self._loader is not None and trainer.train_dataloader is self._loader:
             return self._loader
-        found = [leaf for leaf in tree_leaves(trainer.train_dataloader) if isinstance(leaf, StreamLoader)]
+        found = [leaf for leaf in tree_leaves(trainer.train_dataloader) if isinstance(leaf, TrainLoader)]
         if len(found) > 1:
             raise DataError(
-                f"found {len(found)} streams to train on, expected one: combine them in a mixture"
+                f"found {len(found)} streams to train on, expected one: combine them in a MixtureDataModule"
             )
         if found and found[0] is not self._loader:
             self._loader, self._step, self._in_flight = found[0], trainer.global_step, None
@@ -99,7 +102,7 @@ class ExactResume(Callback):
         self._loader.commit(self._in_flight)
 
 
-def _recount(trainer: pl.Trainer, loader: StreamLoader) -> None:
+def _recount(trainer: pl.Trainer, loader: TrainLoader) -> None:
     """Set Lightning's batch counters to what the loader's position amounts to.
 
     Unchanged ranks and batch size, with a checkpoint between optimizer steps, give the same numbers again.

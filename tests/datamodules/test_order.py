@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from datamodules.errors import DataError
 from datamodules.shards.buckets import LengthBuckets
 from datamodules.shards.hashing import hash64, permute, sample_seeds
-from datamodules.shards.mixing import MixtureOrder
 from datamodules.shards.order import EpochOrder, Order, OrderSettings
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
@@ -96,14 +95,12 @@ def test_golden_order(knobs: OrderSettings, expected: str) -> None:
     assert hashlib.sha256(pairs.tobytes()).hexdigest()[:16] == expected
 
 
-def test_golden_buckets_and_mixture() -> None:
+def test_golden_buckets() -> None:
     knobs = OrderSettings(seed=1, unit=8, bucket=64)
     plain = EpochOrder([100, 0, 257, 31, 400, 1, 211], knobs, 2)
     buckets = LengthBuckets(plain, lambda s, k: (s * 7 + k * 13) % 11, knobs, 2)
-    mixture = MixtureOrder([[100, 157], [31, 400]], [1, 3], OrderSettings(seed=1), 2, draws=100, samples=1000)
-    for order, expected in ((buckets, "95874939dac9bdbc"), (mixture, "e0a1e084c642eac4")):
-        pairs = np.stack(order(np.arange(1000))).astype("<i8")
-        assert hashlib.sha256(pairs.tobytes()).hexdigest()[:16] == expected
+    pairs = np.stack(buckets(np.arange(1000))).astype("<i8")
+    assert hashlib.sha256(pairs.tobytes()).hexdigest()[:16] == "95874939dac9bdbc"
 
 
 def test_golden_seeds() -> None:
@@ -198,42 +195,3 @@ def test_buckets_gather_similar_lengths() -> None:
         lengths = length[order(np.arange(1024))].reshape(-1, 8)
         spread.append((lengths.max(axis=1, keepdims=True) - lengths).mean())  # padding per sample
     assert spread[1] < spread[0] / 8
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=4), min_size=1, max_size=4), st.data())
-def test_mixture_keeps_proportions_and_passes(sources: list[list[int]], data: st.DataObject) -> None:
-    weights = data.draw(st.lists(st.floats(0.2, 5), min_size=len(sources), max_size=len(sources)))
-    knobs = OrderSettings(seed=4, window=7, slice_len=3)
-    epochs = [MixtureOrder(sources, weights, knobs, e, draws=50, samples=330) for e in range(3)]
-    assert epochs[0].total == 300
-    draws = [e.draw(np.arange(e.total)) for e in epochs]
-    for s, counts in enumerate(sources):
-        share = (draws[0].source == s).mean()
-        assert abs(share - weights[s] / sum(weights)) <= 1 / 50
-        taken = [
-            (int(t), int(p))
-            for d in draws
-            for t, p in zip(d.turn[d.source == s], d.position[d.source == s], strict=True)
-        ]
-        size = sum(counts)  # over all epochs the source is read pass by pass, in order of position
-        assert taken == [divmod(i, size) for i in range(len(taken))]
-
-
-def test_mixture_passes_see_every_sample() -> None:
-    mixture = MixtureOrder([[5, 6], [4, 3, 2]], [1, 2], OrderSettings(seed=2), draws=60, samples=60)
-    shard, sample = mixture(np.arange(60))
-    source = mixture.draw(np.arange(60)).source
-    first = list(zip(shard[source == 0].tolist(), sample[source == 0].tolist(), strict=True))
-    assert sorted(first[:11]) == every([5, 6])
-    second = [
-        (s - 2, k) for s, k in zip(shard[source == 1].tolist(), sample[source == 1].tolist(), strict=True)
-    ]
-    assert sorted(second[:9]) == sorted(second[9:18]) == every([4, 3, 2])
-    assert second[:9] != second[9:18]
-
-
-@pytest.mark.parametrize("weights", [[1], [1, 0], [1, 1e-9]])
-def test_mixture_bad_weights(weights: list[float]) -> None:
-    with pytest.raises(DataError, match="weight"):
-        MixtureOrder([[5], [5]], weights, OrderSettings())
