@@ -86,15 +86,29 @@ class Manifest:
                 f"{root} has {found} shards and no {MANIFEST_NAME}; make it with: python -m datamodules {cure}"
                 + (f" {root}" if found else "")
             )
+        return cls.parse(path.read_bytes(), str(root))
+
+    @classmethod
+    def parse(cls, content: bytes, root: str) -> Manifest:
+        """Read the contents of an `index.json`.
+
+        Args:
+            content: its bytes.
+            root: folder or URL it is from, for messages.
+
+        Raises:
+            DataError: it is damaged, of another version, or lists no sample.
+        """
+        path = f"{root}/{MANIFEST_NAME}"
         try:
-            content = json.loads(path.read_text())
-            if content["version"] != VERSION:
+            found = json.loads(content)
+            if found["version"] != VERSION:
                 raise DataError(
-                    f"{path} has version {content['version']}, expected {VERSION}; "
+                    f"{path} has version {found['version']}, expected {VERSION}; "
                     f"make it anew with: python -m datamodules index {root}"
                 )
-            shards = tuple(ShardEntry(**{**s, "fields": tuple(s["fields"])}) for s in content["shards"])
-            excluded = tuple((e["name"], e["reason"]) for e in content["excluded"])
+            shards = tuple(ShardEntry(**{**s, "fields": tuple(s["fields"])}) for s in found["shards"])
+            excluded = tuple((e["name"], e["reason"]) for e in found["excluded"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path} cannot be read ({error!r}); make it anew with: python -m datamodules index {root}"

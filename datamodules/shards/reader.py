@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -17,11 +17,14 @@ from datamodules.shards.index import Offsets, load_offsets
 from datamodules.shards.tar import parse_sample
 
 MAX_OPEN = 64  # descriptors of one reader; batches rarely touch more shards
+MAX_OPEN_CACHED = 4  # of shards in a cache, where an open file that was evicted still takes its space
 INDEX_BYTES = 64 << 20  # indexes kept in memory, copied: a mapped one would hold a descriptor
 MAX_RUN = 8 << 20  # bytes that one read may fetch
+VANISHED = 3  # times that a cache may evict a file between fetching and opening it
 RETRIES = (0.05, 0.3, 1.5)  # seconds before another try after an I/O error
 
 Sample = tuple[str, dict[str, bytes]]
+T = TypeVar("T")
 
 
 class ShardFile(NamedTuple):
@@ -44,15 +47,18 @@ class _Run(NamedTuple):
 class SampleReader:
     """Reads samples of a set of shards, merging those that lie side by side.
 
-    Not thread-safe; each worker process has its own. At most `MAX_OPEN` descriptors are open.
+    Not thread-safe; each worker process has its own.
 
     Args:
         shards: the shards, in the order that shard numbers refer to.
         locate: gives the local path of a file by its name; a shard's index is `<name>.idx`.
+        max_open: descriptors that are kept open.
     """
 
-    def __init__(self, shards: Sequence[ShardFile], locate: Callable[[str], Path]) -> None:
-        self._shards, self._locate = shards, locate
+    def __init__(
+        self, shards: Sequence[ShardFile], locate: Callable[[str], Path], max_open: int = MAX_OPEN
+    ) -> None:
+        self._shards, self._locate, self._max_open = shards, locate, max_open
         self._files: OrderedDict[int, int] = OrderedDict()
         self._offsets: OrderedDict[int, Offsets] = OrderedDict()
         self._offset_bytes = 0
@@ -120,7 +126,7 @@ class SampleReader:
     def _index(self, shard: int) -> Offsets:
         if (offsets := self._offsets.get(shard)) is None:
             info = self._shards[shard]
-            offsets = np.array(load_offsets(self._locate(info.name + ".idx")))
+            offsets = self._reach(info.name + ".idx", lambda path: np.array(load_offsets(path)))
             if len(offsets) != info.samples + 1:
                 raise DataError(
                     f"{info.name}.idx holds {len(offsets) - 1} samples, the manifest says {info.samples}; "
@@ -163,10 +169,10 @@ class SampleReader:
         if (handle := self._files.get(shard)) is not None:
             self._files.move_to_end(shard)
             return handle
-        while len(self._files) >= MAX_OPEN:
+        while len(self._files) >= self._max_open:
             os.close(self._files.popitem(last=False)[1])
         info = self._shards[shard]
-        handle = os.open(self._locate(info.name), os.O_RDONLY)
+        handle = self._reach(info.name, lambda path: os.open(path, os.O_RDONLY))
         if (size := os.fstat(handle).st_size) != info.bytes:
             os.close(handle)
             raise DataError(
@@ -174,6 +180,17 @@ class SampleReader:
             )
         self._files[shard] = handle
         return handle
+
+    def _reach(self, name: str, use: Callable[[Path], T]) -> T:
+        """Use a file; one that a cache evicts at this very moment is fetched again."""
+        for left in reversed(range(VANISHED)):
+            path = self._locate(name)
+            try:
+                return use(path)
+            except (FileNotFoundError, DataError):
+                if not left or path.is_file():
+                    raise
+        raise AssertionError("unreachable")
 
 
 def _merge(spans: list[tuple[int, int, int, int]]) -> Iterator[_Run]:

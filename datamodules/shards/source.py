@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from datamodules.errors import DataError
+from datamodules.shards.cache import ShardCache
 from datamodules.shards.manifest import MANIFEST_NAME, Manifest
 from datamodules.shards.reader import ShardFile
+from datamodules.shards.remote import Remote, is_url
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,31 @@ class Source:
     def open(
         cls, root: str, cache_dir: str | Path | None = None, cache_bytes: int | None = None
     ) -> Source | None:
-        """Open a split; None if there is no manifest."""
-        if not (Path(root) / MANIFEST_NAME).is_file():
+        """Open a split; None if there is no manifest.
+
+        Args:
+            root: directory or URL of the split.
+            cache_dir: for a URL, where its shards are kept on this machine; `None`: `default_cache()`.
+            cache_bytes: size limit of that directory; `None`: as the disk allows.
+
+        Raises:
+            DataError: the manifest is damaged, or cannot be fetched.
+        """
+        if is_url(root):
+            remote = Remote(root)
+            try:
+                manifest = Manifest.parse(remote.read(MANIFEST_NAME), root)
+            except FileNotFoundError:
+                return None
+            locate: Callable[[str], Path] = ShardCache.of(remote, manifest, cache_dir, cache_bytes)
+        elif (Path(root) / MANIFEST_NAME).is_file():
+            manifest, locate = Manifest.load(Path(root)), partial(_local, root)
+        else:
             return None
-        manifest = Manifest.load(Path(root))
         shards = tuple(ShardFile(s.name, s.samples, s.bytes) for s in manifest.shards)
         fields = [frozenset(s.fields) for s in manifest.shards if s.samples]
         common = frozenset.intersection(*fields) if fields else frozenset()
-        return cls(root, shards, partial(_local, root), manifest.fingerprint, common)
+        return cls(root, shards, locate, manifest.fingerprint, common)
 
 
 def _local(root: str, name: str) -> Path:

@@ -15,12 +15,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from datamodules.errors import DataError
 from datamodules.shards.buckets import LengthBuckets
+from datamodules.shards.cache import ShardCache
 from datamodules.shards.faults import Fault
 from datamodules.shards.geometry import Geometry, Progress, Share
 from datamodules.shards.hashing import Int, sample_seeds
 from datamodules.shards.order import EpochOrder, Order, OrderSettings
+from datamodules.shards.prefetch import Prefetcher
 from datamodules.shards.processes import end_with_parent
-from datamodules.shards.reader import SampleReader, ShardFile
+from datamodules.shards.reader import MAX_OPEN, MAX_OPEN_CACHED, SampleReader, ShardFile
 
 Batch = dict[str, Any]
 Decode = Callable[[dict[str, bytes], str, int], dict[str, Any]]
@@ -89,6 +91,7 @@ class BatchStream(IterableDataset[Batch]):
         self._reader: SampleReader | None = None
         self._orders: dict[int, Order] = {}
         self._spare: tuple[str, dict[str, Any]] | None = None
+        self._prefetcher: Prefetcher | None = None
         self._guarded = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -100,15 +103,33 @@ class BatchStream(IterableDataset[Batch]):
         start, geometry = Progress(*self._start.tolist()), self._spec.geometry
         numbers = range(worker, geometry.remaining(start.consumed), workers)
         ahead = max(1, _AHEAD // geometry.batch)
-        for first in range(0, len(numbers), ahead):
-            shares = [geometry.share(start, number) for number in numbers[first : first + ahead]]
-            # a rank without a real sample in the tail still needs one to give its batch a shape
-            asked = [s.positions if len(s.positions) else np.array([s.end - 1]) for s in shares]
-            place = self._find(np.concatenate(asked))
-            ends = np.cumsum([len(a) for a in asked])
-            for share, stop, size in zip(shares, ends, map(len, asked), strict=True):
-                part = _Place(*(column[stop - size : stop] for column in place))
-                yield self._batch(start, share, part)
+        chunks = [numbers[first : first + ahead] for first in range(0, len(numbers), ahead)]
+        for shares, place in self._announced(self._plan(start, chunk) for chunk in chunks):
+            stop = 0
+            for share in shares:
+                begin, stop = stop, stop + max(1, len(share.positions))
+                yield self._batch(start, share, _Place(*(column[begin:stop] for column in place)))
+
+    def _plan(self, start: Progress, numbers: range) -> tuple[list[Share], _Place]:
+        """This rank's part of some global batches, and where the samples lie."""
+        shares = [self._spec.geometry.share(start, number) for number in numbers]
+        # a rank without a real sample in the tail still needs one to give its batch a shape
+        asked = [s.positions if len(s.positions) else np.array([s.end - 1]) for s in shares]
+        return shares, self._find(np.concatenate(asked))
+
+    def _announced(self, plans: Iterator[tuple[list[Share], _Place]]) -> Iterator[tuple[list[Share], _Place]]:
+        """The plans; of a remote set each one's shards are fetched while the plan before it is read."""
+        if not isinstance(self._spec.locate, ShardCache):
+            yield from plans
+            return
+        self._prefetcher = self._prefetcher or Prefetcher(self._spec.locate)
+        current = next(plans, None)
+        while current is not None:
+            upcoming = next(plans, None)
+            soon = [shard for _, place in filter(None, (current, upcoming)) for shard in place.shard.tolist()]
+            self._prefetcher.ask(self._spec.shards[shard].name for shard in dict.fromkeys(soon))
+            yield current
+            current = upcoming
 
     def _find(self, absolute: Int) -> _Place:
         epoch, position = np.divmod(absolute, self._spec.geometry.total)
@@ -127,7 +148,9 @@ class BatchStream(IterableDataset[Batch]):
 
     def _files(self) -> SampleReader:
         if self._reader is None:
-            self._reader = SampleReader(self._spec.shards, self._spec.locate)
+            cached = isinstance(self._spec.locate, ShardCache)
+            limit = MAX_OPEN_CACHED if cached else MAX_OPEN
+            self._reader = SampleReader(self._spec.shards, self._spec.locate, limit)
         return self._reader
 
     def _decode(self, place: _Place) -> tuple[list[tuple[str, dict[str, Any]] | None], list[Fault]]:

@@ -220,7 +220,9 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def run(stage: Stage, root: Path, out: Path, resume: Path | None = None, timeout: float = 90) -> list[Any]:
+def run(
+    stage: Stage, root: Path | str, out: Path, resume: Path | None = None, timeout: float = 90
+) -> list[Any]:
     """Run a stage; of each rank its result, or (exception name, text), or None if it was killed."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["datamodules.base", "lightning.pytorch.strategies", "torch.distributed"])
@@ -255,6 +257,13 @@ def logged(out: Path, world: int, kind: str = "train") -> list[list[dict[str, An
     """What each rank wrote."""
     files = [out / f"rank{r}.jsonl" for r in range(world)]
     return [[e for e in map(json.loads, f.read_text().splitlines()) if e["kind"] == kind] for f in files]
+
+
+def ledger_of(results: list[Any]) -> np.ndarray:
+    """[epoch, position] -> times trained; the same on all ranks."""
+    assert all(isinstance(r, dict) for r in results), results
+    assert all(r == results[0] for r in results)
+    return np.array(results[0]["seen"]).reshape(EPOCHS, SAMPLES)
 
 
 def newest(out: Path) -> Path:

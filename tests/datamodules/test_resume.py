@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ddp_runs import EPOCHS, SAMPLES, IdModule, Stage, logged, newest, run, write_numbers
+from ddp_runs import SAMPLES, IdModule, Stage, ledger_of, logged, newest, run, write_numbers
 
 from datamodules.shards.geometry import Geometry, Progress
 from datamodules.shards.hashing import sample_seeds
@@ -34,20 +34,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def ledger(results: list[Any]) -> np.ndarray:
-    """[epoch, position] -> times trained; the same on all ranks."""
-    assert all(isinstance(r, dict) for r in results), results
-    assert all(r == results[0] for r in results)
-    return np.array(results[0]["seen"]).reshape(EPOCHS, SAMPLES)
-
-
 def interrupted(first: Stage, second: Stage, root: Path, out: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """Run until the first stage dies, resume with the second; the ledger, and the checkpoint used."""
     ended = run(first, root, out / "first")
     assert not any(isinstance(r, dict) for r in ended), "the first stage was to die"
     path = newest(out / "first")
     results = run(second, root, out / "second", path)
-    return ledger(results), torch.load(path, weights_only=True)
+    return ledger_of(results), torch.load(path, weights_only=True)
 
 
 def expected(stage: Stage, start: Progress, batches: int) -> list[list[dict[str, Any]]]:
@@ -258,7 +251,7 @@ def test_three_lives(root: Path, tmp_path: Path) -> None:
     """Killed, resumed elsewhere, killed again, resumed."""
     run(Stage(2, fatal=4), root, tmp_path / "a")
     run(Stage(3, fatal=3), root, tmp_path / "b", newest(tmp_path / "a"))
-    whole_epochs(ledger(run(Stage(1), root, tmp_path / "c", newest(tmp_path / "b"))))
+    whole_epochs(ledger_of(run(Stage(1), root, tmp_path / "c", newest(tmp_path / "b"))))
 
 
 @pytest.mark.parametrize(
@@ -294,7 +287,7 @@ def test_one_rank_dies(root: Path, tmp_path: Path) -> None:
     ended = run(Stage(2, fatal=3, how="kill one"), root, tmp_path / "a", timeout=60)
     assert ended[0] is None
     assert isinstance(ended[1], tuple)
-    whole_epochs(ledger(run(Stage(2), root, tmp_path / "b", newest(tmp_path / "a"))))
+    whole_epochs(ledger_of(run(Stage(2), root, tmp_path / "b", newest(tmp_path / "a"))))
 
 
 def test_without_the_callback(root: Path, tmp_path: Path) -> None:
@@ -346,7 +339,7 @@ def test_random_lives(seed: int, root: Path, tmp_path: Path) -> None:
         )
         results = run(stage, root, tmp_path / str(life), checkpoint)
         if isinstance(results[0], dict):
-            whole_epochs(ledger(results))
+            whole_epochs(ledger_of(results))
             return
         saved = list((tmp_path / str(life) / "checkpoints").glob("*.ckpt"))
         checkpoint = newest(tmp_path / str(life)) if saved else checkpoint
