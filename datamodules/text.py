@@ -16,6 +16,7 @@ from datamodules.shards.stream import Batch
 
 CONTEXT_FIELD = "txt"
 TARGET_FIELD = "target.txt"
+_NO_LIMIT = 2**31 - 1  # tokens
 
 
 class TextDataModule(ShardDataModule):
@@ -60,6 +61,7 @@ class TextDataModule(ShardDataModule):
             )
         self.reader = text_reader(tokenizer, context_length, download)
         self._target_length = target_length
+        self._tokenizer, self._download = tokenizer, download
         self._text_alone = targets == "text"
         self._vocabulary = ByteTargets()
         self.vocab_size, self.eos_id = self._vocabulary.vocab_size, self._vocabulary.eos_id
@@ -86,6 +88,15 @@ class TextDataModule(ShardDataModule):
     def decode_targets(self, ids: Tensor) -> str:
         """Text of target ids, long [T]."""
         return self.reader.decode(ids) if self._text_alone else self._vocabulary.decode(ids)
+
+    def whole(self, text: bytes) -> Tensor:
+        """Token ids of one text however long it is, long [N], as the context's reader gives them.
+
+        Raises:
+            DataError: it is empty or not UTF-8.
+        """
+        reader = text_reader(self._tokenizer, _NO_LIMIT, self._download)
+        return reader.batch([reader.prepare(text)])["input_ids"][0]
 
     def describe_input(self, batch: Batch, i: int) -> list[str]:
         """Tokens of sample i as strings, padding left out."""

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from datamodules.errors import DataError
 from qm_lightning import __version__
 from qm_lightning.errors import UserError
 
@@ -69,10 +70,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_code(call: Callable[[], int]) -> int:
     """What ``call`` returns; 2 for a mistake of the user's, which is printed as one line."""
-    from datamodules.errors import DataError
-
     try:
         return int(call())
-    except (UserError, DataError) as error:
-        print(_one_line(error), file=sys.stderr)
+    except (UserError, DataError, ValueError) as error:
+        mistake = _mistake(error)
+        if mistake is None:
+            raise
+        print(_one_line(mistake), file=sys.stderr)
         return USAGE_ERROR
+
+
+def _mistake(error: BaseException | None) -> UserError | DataError | None:
+    """The user's mistake behind an exception, if there is one.
+
+    jsonargparse tries every type of a union and wraps what each of them raised in a ValueError.
+    """
+    while error is not None:
+        if isinstance(error, UserError | DataError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -60,13 +60,16 @@ def load_encoder(name_or_path: str, dtype: torch.dtype, download: bool) -> PreTr
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' report of missing poolers: ``_check_complete`` says what matters."""
-    before = logging.get_verbosity()
+    """Silence transformers' progress bar and its report of missing poolers: ``_check_complete`` says what matters."""
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @contextmanager

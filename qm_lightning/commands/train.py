@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import jsonargparse
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -17,19 +16,16 @@ import datamodules.paired
 import datamodules.text
 import datamodules.video  # noqa: F401  # makes the short class names known: --data TextDataModule
 from datamodules.base import ShardDataModule
-from datamodules.errors import DataError
 from qm_lightning.callbacks.pictures import MergePictures
 from qm_lightning.errors import UserError
 from qm_lightning.modules import QuickMergeModule
 from qm_lightning.results import write_predictions, write_results
+from qm_lightning.runtime.allowed_imports import limit_imports
 from qm_lightning.runtime.assemble import always_on_callbacks, trainer_arguments
 from qm_lightning.runtime.loggers import TrackingOptions, make_loggers
 from qm_lightning.runtime.rank_facts import collect_facts, require_same
 from qm_lightning.runtime.run_directory import Policy, RunDirectory, open_run_directory
 from qm_lightning.runtime.world import resolve_world
-
-# A configuration can name classes of these packages only: `class_path: os.system` is refused.
-ALLOWED_PACKAGES = ["qm_lightning", "datamodules", "lightning", "torch.optim", "torch.nn", "torchmetrics"]
 
 
 class Parser(LightningArgumentParser):
@@ -44,7 +40,7 @@ class QuickMergeCLI(LightningCLI):
     """LightningCLI with a run directory, a strategy taken from the launcher and callbacks that are always on."""
 
     def __init__(self, args: Sequence[str]) -> None:
-        jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_PACKAGES)
+        limit_imports()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -199,18 +195,4 @@ def main(argv: Sequence[str], cli: type[QuickMergeCLI] = QuickMergeCLI) -> int:
         cli(argv)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
-    except ValueError as error:
-        # jsonargparse tries every type of a union and wraps what each of them raised.
-        if mistake := _mistake(error):
-            raise mistake from error
-        raise
     return 0
-
-
-def _mistake(error: BaseException | None) -> UserError | DataError | None:
-    """The user's mistake behind an exception, if there is one."""
-    while error is not None:
-        if isinstance(error, UserError | DataError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None

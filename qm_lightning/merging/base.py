@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from qm_lightning.described import Described
 from qm_lightning.errors import UserError
 from qm_lightning.merging.budget import Budget, FixedBudget
 from qm_lightning.merging.salience import low_entropy
@@ -19,7 +20,7 @@ Causality = Literal["streaming", "ordered", "global"]
 PROTECTED_ROOM = 16  # most protected tokens of a sample on an accelerator, where their number is not read
 
 
-class Merger(nn.Module, ABC):
+class Merger(Described, nn.Module, ABC):
     """Tokens -> MergedTokens.
 
     Attributes:

@@ -7,10 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from qm_lightning.described import Described
 from qm_lightning.errors import UserError
 
 
-class Budget(nn.Module, ABC):
+class Budget(Described, nn.Module, ABC):
     """Salience -> number of tokens kept.
 
     Attributes:

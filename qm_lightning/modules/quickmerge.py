@@ -85,6 +85,19 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         merged: MergedTokens = self.merger(tokens)
         return tokens, in_buckets(merged, self.compiling.bucket) if self.compiling.prior else merged
 
+    def encode(self, ids: Tensor, mask: Tensor) -> MergedTokens:
+        """Backbone and merger for texts alone, as generation reads them.
+
+        Args:
+            ids: [B,N] long.
+            mask: [B,N] bool, True = real token.
+
+        Returns:
+            The merged tokens.
+        """
+        merged: MergedTokens = self.merger(self.backbone({"input_ids": ids, "attention_mask": mask.long()}))
+        return merged
+
     def forward(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens, PriorOutput]:
         """The whole path for one batch (docs/architecture.md lists its keys)."""
         tokens, merged = self.merge(batch)

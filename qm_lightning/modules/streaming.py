@@ -69,19 +69,6 @@ class StreamingModule(QuickMergeModule):
         )
         self.predict_tokens = predict_tokens
 
-    def encode(self, ids: Tensor, mask: Tensor) -> MergedTokens:
-        """Merge texts as far as they go; what generation calls for each token.
-
-        Args:
-            ids: [B,N] long.
-            mask: [B,N] bool, True = real token.
-
-        Returns:
-            The merged tokens.
-        """
-        merged: MergedTokens = self.merger(self.backbone({"input_ids": ids, "attention_mask": mask.long()}))
-        return merged
-
     def forward(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens, PriorOutput]:
         """The whole path for one batch, whose targets are the text itself."""
         check_targets(batch)

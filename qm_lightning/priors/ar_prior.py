@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qm_lightning.described import Described
 from qm_lightning.errors import UserError
 from qm_lightning.priors.rope import AXES, to_three_axes
 from qm_lightning.priors.sampling import check_sampling, finite, next_token
@@ -69,7 +70,7 @@ def _join(first: _Sequence, second: _Sequence) -> _Sequence:
     )
 
 
-class ARPrior(nn.Module):
+class ARPrior(Described, nn.Module):
     """A causal transformer over merged tokens and the target tokens that follow them.
 
     Merged tokens keep their own coordinates (three rotary axes, see ``rope``), so one prior takes text,

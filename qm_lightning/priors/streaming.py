@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qm_lightning.described import Described
 from qm_lightning.errors import UserError
 from qm_lightning.priors.ar_prior import PriorOutput
 from qm_lightning.priors.cache import KVCache
@@ -66,7 +67,7 @@ def streaming_targets(input_ids: Tensor, mask: Tensor) -> Tensor:
     return input_ids.masked_fill(mask == 0, -100)
 
 
-class StreamingPrior(nn.Module):
+class StreamingPrior(Described, nn.Module):
     """Predicts every token of a text from merged tokens that are ready and from the last few tokens.
 
     Args:

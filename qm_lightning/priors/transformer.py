@@ -285,6 +285,10 @@ class CausalTransformer(nn.Module):
         empty = bias_channels(weight.new_full((1, 1), PADDED, dtype=torch.float32), dtype).flatten()
         return KVCache(self.depth, batch, self.heads, capacity, self.dim // self.heads, empty)
 
+    def cache_bytes(self, batch: int, tokens: int) -> int:
+        """Bytes that a cache of ``tokens`` tokens of ``batch`` samples takes, in the weights' type."""
+        return 2 * self.depth * batch * tokens * self.dim * self.norm.weight.dtype.itemsize
+
     def flops(self, tokens: int) -> int:
         """Multiplications and additions of one forward pass over ``tokens`` tokens of one sample.
 

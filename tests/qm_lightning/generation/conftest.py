@@ -21,6 +21,22 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 
 
 @pytest.fixture(scope="session")
+def conditioning_run(work: Work) -> Path:
+    prepare(
+        "stdlib",
+        work.root / "pairs",
+        task="continuation",
+        context_bytes=48,
+        target_bytes=8,
+        train=16,
+        val=4,
+        test=4,
+    )
+    assert main(["fit", *work.conditioning_options("conditioning")]) == 0
+    return work.root / "conditioning"
+
+
+@pytest.fixture(scope="session")
 def streaming_run(work: Work) -> Path:
     assert main(["fit", *work.options("streaming")]) == 0
     assert main(["test", *work.options("streaming")]) == 0

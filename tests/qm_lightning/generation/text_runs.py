@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 CONFIGS = Path(__file__).parents[3] / "configs"
 QUIET = [
     "--trainer.enable_progress_bar",
@@ -21,15 +23,26 @@ class Work:
 
     root: Path
 
-    def options(self, run: str, experiment: str = "text_streaming") -> list[str]:
-        sizes = ["dim", "local_dim"] if experiment == "text_streaming" else ["dim"]
-        heads = ["heads", "local_heads"] if experiment == "text_streaming" else ["heads"]
-        small = [item for name in sizes for item in (f"--model.prior.init_args.{name}", "32")]
-        small += [item for name in heads for item in (f"--model.prior.init_args.{name}", "2")]
+    def options(self, run: str) -> list[str]:
+        """The shipped streaming experiment, small."""
+        local = ["--model.prior.init_args.local_dim", "32", "--model.prior.init_args.local_heads", "2"]
+        return [*self._common(run, CONFIGS / "experiment/text_streaming.yaml", "data"), *local]
+
+    def conditioning_options(self, run: str) -> list[str]:
+        """QuickMerge on the context, its continuation as target."""
+        file = self.root / "conditioning.yaml"
+        parts = {"model": "model/quickmerge_image.yaml", "trainer": "trainer/cpu.yaml"}
+        config: dict[str, object] = {name: str(CONFIGS / path) for name, path in parts.items()}
+        config["data"] = {"class_path": "datamodules.TextDataModule"}
+        file.write_text(yaml.safe_dump(config))
+        return self._common(run, file, "pairs")
+
+    def _common(self, run: str, config: Path, data: str) -> list[str]:
+        small = ["--model.prior.init_args.dim", "32", "--model.prior.init_args.heads", "2"]
         return [
-            "--config", str(CONFIGS / f"experiment/{experiment}.yaml"),
+            "--config", str(config),
             "--run_dir", str(self.root / run),
-            "--data.root", str(self.root / "data"),
+            "--data.root", str(self.root / data),
             "--data.batch_size", "8",
             "--model.backbone.name_or_path", str(self.root / "backbone"),
             "--model.backbone.layers", "2",

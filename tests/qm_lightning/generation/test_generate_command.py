@@ -1,0 +1,177 @@
+"""``train.py generate`` in both modes, and its mistakes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from text_runs import Work
+
+from qm_lightning.cli import main
+from qm_lightning.errors import UserError
+from qm_lightning.generation import Generation, Sampling
+from qm_lightning.runtime.trained_run import TrainedRun, open_trained_run
+
+FEW = ["--max_new_tokens", "4"]
+PROMPTS = [b"import os\n", b"def main(argv):\n    return 0", b"x"]
+
+
+@pytest.fixture(scope="module", params=["streaming", "conditioning"])
+def run(request: pytest.FixtureRequest) -> TrainedRun:
+    opened = open_trained_run(request.getfixturevalue(f"{request.param}_run"))
+    # Far from uniform, so that greedy choices are no near-ties; fp64, so that padding adds up alike.
+    torch.manual_seed(0)
+    torch.nn.init.normal_(opened.module.prior.head.weight, std=1.0)
+    opened.module.prior.double()
+    return opened
+
+
+def write(
+    run: TrainedRun, texts: list[bytes], *stop: str, eos: int | None = None, **settings: object
+) -> Generation:
+    ids = [torch.tensor(list(text)) for text in texts]
+    sampling = Sampling(**{"max_new_tokens": 6, **settings})  # type: ignore[arg-type]
+    generation = Generation(run.module, ids, run.data.decode_targets, sampling, eos, stop)
+    for _ in generation:
+        pass
+    return generation
+
+
+def test_each_prompt_is_continued_as_if_it_were_alone(run: TrainedRun) -> None:
+    together = [row.ids for row in write(run, PROMPTS, temperature=0.0).rows]
+    assert together == [write(run, [text], temperature=0.0).rows[0].ids for text in PROMPTS]
+    assert len({tuple(ids) for ids in together}) == 3
+
+
+def test_the_seed_decides(run: TrainedRun) -> None:
+    a, b, c = ([row.ids for row in write(run, PROMPTS, seed=seed).rows] for seed in (1, 1, 2))
+    assert a == b
+    assert a != c
+
+
+def test_stop_texts_and_end_tokens_end_a_continuation(run: TrainedRun) -> None:
+    free = write(run, PROMPTS[:1], temperature=0.0).rows[0]
+    assert (len(free.ids), free.finished) == (6, "length")
+    ended = write(run, PROMPTS[:1], temperature=0.0, eos=free.ids[3]).rows[0]
+    assert ended.ids == free.ids[: free.ids.index(free.ids[3])]
+    assert ended.finished == "end token"
+    stop = run.data.decode_targets(torch.tensor(free.ids))[2:4]
+    stopped = write(run, PROMPTS[:1], stop, temperature=0.0).rows[0]
+    assert stopped.finished == "stop text"
+    assert stopped.text == free.text[: free.text.index(stop)]
+
+
+def test_the_cost_counts_tokens_and_cache(run: TrainedRun) -> None:
+    cost = write(run, PROMPTS[:2], temperature=0.0).cost
+    assert cost.steps == 6
+    assert 0 < cost.merged < cost.tokens
+    assert 0 < cost.cache_bytes < cost.unmerged_cache_bytes
+    prior = run.module.prior
+    assert prior.trunk.cache_bytes(2, 7) == prior.trunk.new_cache(2, 7).nbytes
+
+
+def test_what_may_still_change_is_not_shown(streaming_run: Path) -> None:
+    run = open_trained_run(streaming_run)
+    generation = Generation(
+        run.module, [torch.tensor([65])], run.data.decode_targets, Sampling(8), None, ["\n\n", "END"]
+    )
+    row = generation.rows[0]
+    for text, shown in (("ab\n", "ab"), ("abEN", "ab"), ("ab\ufffd", "ab"), ("abE\n", "abE"), ("abN", "abN")):
+        row.text = text
+        assert generation.settled(row) == shown
+    row.finished = "length"
+    assert generation.settled(row) == "abN"
+
+
+@pytest.mark.parametrize("mode", ["streaming", "conditioning"])
+def test_the_command(
+    mode: str, request: pytest.FixtureRequest, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = str(request.getfixturevalue(f"{mode}_run"))
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(PROMPTS[1])
+    call = [
+        "generate",
+        directory,
+        "--prompt",
+        "import os",
+        "--prompt-file",
+        str(file),
+        "--max-new-tokens",
+        "5",
+    ]
+    capfd.readouterr()
+    assert main([*call, "--seed", "7"]) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("--- prompt 1\n")
+    assert "--- prompt 2\n" in out
+    assert "over 2 prompt(s)" in err
+    assert "Traceback" not in err
+    assert main([*call, "--seed", "7"]) == 0
+    assert capfd.readouterr().out == out
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--prompt", ""], "prompt 1 is empty"),
+        ([], "found no prompt"),
+        (["--prompt", "a", "--temperature", "-0.5"], "temperature=-0.5; expected 0 (greedy)"),
+        (["--prompt", "a", "--top_p", "0"], "top_p=0.0"),
+        (["--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens=0"),
+        (["--prompt", "a" * 90, "--max_new_tokens", "8"], "90 tokens and 8 new ones; expected at most 96"),
+        (["--prompt_file", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--prompt", "a", "--ckpt_path", "nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
+        (["--prompt", "a", "--backbone", "./nowhere"], "nowhere"),
+        (["--prompt", "a", "--device", "teapot"], "--device teapot"),
+        (["--prompt", "a", "--temprature", "1"], "--temprature"),
+    ],
+)
+def test_mistakes_are_one_line(
+    extra: list[str], expected: str, streaming_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(streaming_run), *extra]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert expected in line
+
+
+def test_a_long_prompt_of_the_conditioning_mode_is_refused(
+    conditioning_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(conditioning_run), "--prompt", "a" * 97]) == 2
+    assert "97 tokens; expected at most 96 in all" in capsys.readouterr().err
+
+
+def test_unknown_bytes_are_refused(
+    streaming_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "latin.txt"
+    file.write_bytes("café".encode("latin-1"))
+    assert main(["generate", str(streaming_run), "--prompt_file", str(file)]) == 2
+    assert "prompt 1 is not UTF-8 (unexpected end of data at byte 3)" in capsys.readouterr().err
+
+
+def test_runs_that_cannot_write(
+    streaming_run: Path, work: Work, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
+    assert "holds no config.yaml" in capsys.readouterr().err
+    shutil.copy(streaming_run / "config.yaml", tmp_path)
+    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
+    assert "no checkpoint in" in capsys.readouterr().err
+    checkpoint = torch.load(streaming_run / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint["state_dict"]["prior.head.weight"].fill_(float("nan"))
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    assert (
+        main(["generate", str(tmp_path), "--prompt", "a", "--ckpt_path", str(tmp_path / "nan.ckpt"), *FEW])
+        == 2
+    )
+    assert "logits are not finite" in capsys.readouterr().err
+    del checkpoint["state_dict"]["prior.head.weight"]
+    torch.save(checkpoint, tmp_path / "torn.ckpt")
+    with pytest.raises(UserError, match="does not fit"):
+        open_trained_run(tmp_path, str(tmp_path / "torn.ckpt"))
+    (tmp_path / "config.yaml").write_text("model: {class_path: x, init_args: {}}")
+    with pytest.raises(UserError, match="trains no merger"):
+        open_trained_run(tmp_path)
