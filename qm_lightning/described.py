@@ -70,7 +70,7 @@ def make(description: Any, known: Mapping[str, Callable[..., Any]], where: str) 
     """
     if not isinstance(description, Mapping) or not isinstance(description.get(ARGUMENTS), Mapping):
         raise UserError(f"{where} describes no object ({str(description)[:60]!r}); export it again")
-    name = description.get(CLASS)
+    name = str(description.get(CLASS))
     if name not in known:
         raise UserError(
             f"{where} names the class {name!r}; expected one of {', '.join(sorted(known))}; "
