@@ -12,6 +12,7 @@ from datamodules.errors import DataError
 from datamodules.shards.checking import index_folder, shard_folders, verify_folder
 
 MODALITIES = ("text", "image", "video", "paired")
+SHIPPED = ("digits", "stdlib")  # names of sources that ship; everything else is a path
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
@@ -29,15 +30,32 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     for modality in MODALITIES:
         sub = modalities.add_parser(modality)
         if modality in argv:  # a source's options load numpy and more: only when asked for
-            _source(modality).add_arguments(sub)
+            _source(modality, _given_source(argv)).add_arguments(sub)
         sub.add_argument("--source", required=True, help="name of a source that ships, or a folder")
         sub.add_argument("--out", type=Path, required=True, help="folder of the data set")
     return parser
 
 
-def _source(modality: str) -> Any:
+def _given_source(argv: list[str]) -> str:
+    """The value of --source, before the parser for it is known: a folder's options are not a shipped source's."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--source", default="")
     try:
-        return importlib.import_module(f"datamodules.sources.{modality}")
+        return str(peek.parse_known_args(argv)[0].source)
+    except argparse.ArgumentError:
+        return ""
+
+
+def _source(modality: str, source: str) -> Any:
+    """What makes shards of a modality: out of one's own files if the source is a path, else of what ships."""
+    path = Path(source)
+    own = source not in ("", *SHIPPED) and (path.exists() or path.name != source)
+    if own and not path.exists():
+        raise DataError(
+            f"there is no source {source!r}, expected a folder or file of your own; check the path"
+        )
+    try:
+        return importlib.import_module(f"datamodules.sources.{'own.' if own else ''}{modality}")
     except ModuleNotFoundError as error:
         raise DataError(
             f"there is no source for {modality!r} yet ({error}); expected one of image, paired, text, video"
@@ -52,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         verb = options.pop("verb")
         if verb == "prepare":
             modality, source, out = options.pop("modality"), options.pop("source"), options.pop("out")
-            _source(modality).prepare(source, out, **options)
+            _source(modality, source).prepare(source, out, **options)
             return 0
         folders = shard_folders(options["root"])
         if verb == "index":

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from datamodules.errors import DataError
 from datamodules.shards.decode import decode_field
 
-IMAGE_FIELDS = ("png", "jpg", "jpeg")
+IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp")
 DIGITS_FIELD = "digits.json"
 PATCHES_FIELD = "patches.npy"
 CAPTION_FIELD = "txt"
@@ -24,7 +24,7 @@ def read_picture(fields: dict[str, bytes]) -> NDArray[np.uint8]:
     name = next((n for n in IMAGE_FIELDS if n in fields), None)
     if name is None:
         found = ", ".join(sorted(fields))
-        raise DataError(f"the sample has no picture among {found}, expected png, jpg or jpeg")
+        raise DataError(f"the sample has no picture among {found}, expected png, jpg, jpeg or webp")
     picture: NDArray[np.uint8] = decode_field(name, fields[name])
     return picture
 

@@ -29,10 +29,12 @@ class Limits:
     Attributes:
         pixels: of an image.
         bytes: of an unpacked `.gz` or `.npz`.
+        scans: of a progressive JPEG; each one goes over all pixels again, so a small file could take hours.
     """
 
     pixels: int = 64 << 20
     bytes: int = 256 << 20
+    scans: int = 100
 
 
 def decode_field(name: str, data: bytes, limits: Limits | None = None) -> Any:
@@ -44,7 +46,7 @@ def decode_field(name: str, data: bytes, limits: Limits | None = None) -> Any:
         limits: size limits; `None`: the default ones.
 
     Returns:
-        `jpg`, `jpeg`, `png`: uint8 [H,W,3] array (see `decode_image`); `txt`: str; `json`: what it holds;
+        `jpg`, `jpeg`, `png`, `webp`: uint8 [H,W,3] array (see `decode_image`); `txt`: str; `json`: what it holds;
         `cls`: int; `npy`: array; `npz`: dict of arrays. `.gz` of these: the same.
 
     Raises:
@@ -73,6 +75,7 @@ def decode_field(name: str, data: bytes, limits: Limits | None = None) -> Any:
         EOFError,
         SyntaxError,
         MemoryError,
+        RecursionError,
         KeyError,
         zipfile.BadZipFile,
         zlib.error,
@@ -83,10 +86,10 @@ def decode_field(name: str, data: bytes, limits: Limits | None = None) -> Any:
 
 
 def decode_image(data: bytes, limits: Limits | None = None) -> npt.NDArray[np.uint8]:
-    """Decode a JPEG or PNG to 8-bit RGB.
+    """Decode a JPEG, PNG or WebP to 8-bit RGB.
 
-    Grey, palette and CMYK pictures are converted; 16 bits are scaled to 8; transparency is laid on white; of
-    an animated PNG the first frame is taken; a truncated file is an error.
+    Grey, palette and CMYK pictures are converted; 16 bits are scaled to 8; transparency is laid on white. A
+    truncated file is an error, and so is an animated one: which frame is meant, nobody said.
 
     Args:
         data: the file's contents.
@@ -96,12 +99,12 @@ def decode_image(data: bytes, limits: Limits | None = None) -> npt.NDArray[np.ui
         uint8 [H,W,3].
 
     Raises:
-        DataError: too many pixels.
+        DataError: too many pixels or scans, or animated.
         OSError: not such a picture, or truncated.
     """
     limits = limits or Limits()
     try:
-        picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+        picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
     except Image.DecompressionBombError as error:
         raise DataError(str(error)) from None
     with picture:
@@ -109,6 +112,13 @@ def decode_image(data: bytes, limits: Limits | None = None) -> npt.NDArray[np.ui
             raise DataError(
                 f"{picture.width} x {picture.height} = {pixels} pixels, allowed are {limits.pixels}"
             )
+        # MPO is a JPEG with further pictures behind it, as phones write them; the first is the photograph.
+        if picture.format != "MPO" and (frames := getattr(picture, "n_frames", 1)) > 1:
+            raise DataError(
+                f"animated, {frames} frames; expected one picture, or a clip in a VideoDataModule"
+            )
+        if picture.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > limits.scans:
+            raise DataError(f"a JPEG of {scans} scans, allowed are {limits.scans}")
         picture.load()
         return np.asarray(_to_rgb(picture))
 
@@ -151,6 +161,7 @@ _DECODERS: dict[str, Callable[[bytes, Limits], Any]] = {
     "jpg": decode_image,
     "jpeg": decode_image,
     "png": decode_image,
+    "webp": decode_image,
     "txt": lambda data, _: data.decode("utf-8"),
     "json": lambda data, _: json.loads(data),
     "cls": lambda data, _: int(data),

@@ -88,11 +88,37 @@ def test_jpeg_modes(mode: str, color: Any) -> None:
     assert np.abs(image - expected).max() <= 6
 
 
-def test_animated_png_gives_its_first_frame() -> None:
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_animated_pictures_are_refused(file_format: str) -> None:
     frames = [Image.new("RGB", (3, 3), c) for c in ("red", "blue")]
     out = io.BytesIO()
-    frames[0].save(out, "PNG", save_all=True, append_images=frames[1:], duration=40)
-    assert decode_image(out.getvalue())[0, 0].tolist() == [255, 0, 0]
+    frames[0].save(out, file_format, save_all=True, append_images=frames[1:], duration=40)
+    with pytest.raises(DataError, match="animated, 2 frames"):
+        decode_image(out.getvalue())
+
+
+def test_a_phones_double_jpeg_gives_its_photograph() -> None:
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+    out = io.BytesIO()
+    frames[0].save(out, "MPO", save_all=True, append_images=frames[1:])
+    assert np.abs(decode_field("jpg", out.getvalue())[0, 0].astype(int) - [255, 0, 0]).max() < 6
+
+
+def test_webp() -> None:
+    data = picture("RGB", "WEBP", color=(10, 20, 30), lossless=True)
+    assert decode_field("webp", data)[0, 0].tolist() == [10, 20, 30]
+
+
+def test_a_jpeg_of_endless_scans_is_refused() -> None:
+    data = picture("RGB", "JPEG", (16, 16), progressive=True)
+    start = data.index(b"\xff\xda")
+    with pytest.raises(DataError, match="a JPEG of 600 scans"):
+        decode_field("jpg", data[:start] + data[start : start + 14] * 600 + b"\xff\xd9")
+
+
+def test_deep_json_is_damage() -> None:
+    with pytest.raises(DataError, match="damaged"):
+        decode_field("json", b"[" * 100_000)
 
 
 def test_truncated_pictures() -> None:
