@@ -90,11 +90,9 @@ def text_items(root: Path, suffixes: tuple[str, ...]) -> list[dict[str, Any]]:
         )
     items: list[dict[str, Any]] = []
     for split, path in paths:
-        item = {
-            "name": path.relative_to(root).as_posix(), "path": str(path), "stamp": stamp(path), "split": split
-        }  # fmt: skip
+        item: dict[str, Any] = {"name": path.relative_to(root).as_posix(), "path": str(path), "split": split}
+        size, _ = item["stamp"] = stamp(path)
         if path.suffix.lower() in RECORDS:
-            size = item["stamp"][0]
             items += [{**item, "piece": [a, min(a + CHUNK, size)]} for a in range(0, max(size, 1), CHUNK)]
         else:
             items.append(item)
