@@ -35,6 +35,10 @@ class ResumableDataModule(pl.LightningDataModule, Generic[Loader]):
         self._train = loader
         return loader
 
+    def fingerprint(self) -> str:
+        """Identity of all shards, as hexadecimal SHA-256."""
+        raise NotImplementedError
+
     def callbacks(self) -> list[Callback]:
         """What exact resume needs in the Trainer: `Trainer(callbacks=datamodule.callbacks())`."""
         return [ExactResume()]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qm_lightning.modules.multimodal import ModalityView
 from qm_lightning.modules.quickmerge import QuickMergeModule
 
 
@@ -47,11 +48,13 @@ def activation_bytes(call: Callable[[], Tensor]) -> int:
 
 
 @torch.no_grad()
-def measure_cost(module: QuickMergeModule, batch: dict[str, Any], repeats: int = 7) -> dict[str, float]:
+def measure_cost(
+    module: QuickMergeModule | ModalityView, batch: dict[str, Any], repeats: int = 7
+) -> dict[str, float]:
     """Measure one batch in evaluation mode, one part after the other.
 
     Args:
-        module: the trained module, on its device.
+        module: the trained module, or one modality of it, on its device.
         batch: a full batch on the same device.
         repeats: timed calls per part; the median counts.
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 
 from qm_lightning import __version__
 from qm_lightning.costs import measure_cost
+from qm_lightning.modules.multimodal import MultimodalModule
 from qm_lightning.modules.quickmerge import QuickMergeModule
 
 
@@ -49,6 +51,8 @@ def write_results(
 ) -> None:
     """Write results.json from the metrics of ``trainer.test`` and a cost measurement on its first batch.
 
+    A run of several modalities gets one for each, in a folder of its name: to a report they are experiments.
+
     Args:
         run_dir: the run's directory.
         config: the resolved configuration of the verb.
@@ -63,30 +67,42 @@ def write_results(
     }
     if not trainer.is_global_zero:
         return
-    merger = config["model"]["init_args"]["merger"]
+    arguments = config["model"]["init_args"]
+    if not isinstance(module, MultimodalModule):
+        facts = {"experiment": config["name"], "modality": datamodule.modality}
+        facts |= _facts(arguments["merger"], config, metrics)
+        _write(run_dir, facts, module, module.device, trainer.test_dataloaders)
+        return
+    for name, loader in zip(datamodule.parts, trainer.test_dataloaders or [], strict=True):
+        own = {k.removeprefix(f"{name}/"): v for k, v in metrics.items() if k.startswith(f"{name}/")}
+        facts = {"experiment": f"{config['name']}-{name}", "modality": datamodule.parts[name].modality}
+        facts |= _facts(arguments["paths"][name]["merger"], config, own)
+        _write(run_dir / name, facts, module.view(name), module.device, loader)
+
+
+def _facts(merger: Any, config: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
+    """What results.json says of a merger and its run."""
     arguments = dict(merger.get("init_args") or {}) if isinstance(merger, dict) else {}
     budget = arguments.get("budget")
-    batch = next(iter(datamodule.test_dataloader()))
-    samples = getattr(trainer.test_dataloaders, "total", None)
-    batch = module.transfer_batch_to_device(batch, module.device, 0)
-    write_json(
-        run_dir / "results.json",
-        {
-            "experiment": config["name"],
-            "modality": datamodule.modality,
-            "merger": _class_name(merger),
-            "merger_args": arguments,
-            "budget": None if budget is None else _class_name(budget),
-            "compression_target": (budget or {}).get("init_args", {}).get("compression"),
-            "seed": config["seed_everything"],
-            "steps": config["trainer"]["max_steps"],
-            "split": "test",
-            "samples": samples,
-            "metrics": metrics,
-            "cost": measure_cost(module, batch),
-            "versions": versions(),
-        },
-    )
+    return {
+        "merger": _class_name(merger),
+        "merger_args": arguments,
+        "budget": None if budget is None else _class_name(budget),
+        "compression_target": (budget or {}).get("init_args", {}).get("compression"),
+        "seed": config["seed_everything"],
+        "steps": config["trainer"]["max_steps"],
+        "split": "test",
+        "metrics": metrics,
+    }
+
+
+def _write(folder: Path, facts: dict[str, Any], module: Any, device: torch.device, loader: Any) -> None:
+    """Add what a test loader's first batch costs, and write."""
+    batch = move_data_to_device(next(iter(loader)), device)
+    cost = measure_cost(module, batch)
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = getattr(loader, "total", None)
+    write_json(folder / "results.json", {**facts, "samples": samples, "cost": cost, "versions": versions()})
 
 
 def write_predictions(run_dir: Path, batches: list[Any], trainer: Trainer, datamodule: Any) -> None:
@@ -98,8 +114,15 @@ def write_predictions(run_dir: Path, batches: list[Any], trainer: Trainer, datam
         trainer: the trainer after ``predict``.
         datamodule: decodes target sequences.
     """
+    if batches and isinstance(batches[0], list):  # one list per part of a mixture
+        batches = [batch for part in batches for batch in part]
     rows = [
-        {"position": int(position), "key": key, "prediction": datamodule.decode_targets(sequence)}
+        {
+            "position": int(position),
+            "key": key,
+            "prediction": datamodule.decode_targets(sequence),
+            **({"modality": batch["modality"]} if "modality" in batch else {}),
+        }
         for batch in batches
         for key, position, sequence in zip(batch["keys"], batch["position"], batch["sequences"], strict=True)
         if int(position) >= 0
@@ -109,7 +132,10 @@ def write_predictions(run_dir: Path, batches: list[Any], trainer: Trainer, datam
         gathered = [[] for _ in range(trainer.world_size)]
         torch.distributed.all_gather_object(gathered, rows)
     if trainer.is_global_zero:
-        ordered = sorted((row for part in gathered for row in part), key=lambda row: row["position"])
+        ordered = sorted(
+            (row for part in gathered for row in part),
+            key=lambda row: (row.get("modality", ""), row["position"]),
+        )
         staging = run_dir / "predictions.jsonl.tmp"
         staging.write_text("".join(json.dumps(row) + "\n" for row in ordered))
         staging.replace(run_dir / "predictions.jsonl")

@@ -34,6 +34,7 @@ class MergePictures(Callback):
         self.rounds = rounds
         self.drawn = 0
         self.last_step: int | None = None
+        self._due = False
 
     def state_dict(self) -> dict[str, Any]:
         """Rounds drawn so far: a resumed run does not begin its allowance anew."""
@@ -53,14 +54,23 @@ class MergePictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw a round in the first batch, when one is due."""
-        if trainer.sanity_checking or batch_idx or dataloader_idx or self.drawn >= self.rounds:
+        """Draw a round in the first batch of each modality, when one is due."""
+        if trainer.sanity_checking or batch_idx:
             return
-        if self.last_step is not None and trainer.global_step - self.last_step < self.every_n_steps:
-            return
+        if dataloader_idx == 0:
+            self._due = self._begin_round(trainer.global_step)
+        if self._due and (dataloader_idx == 0 or "modality" in batch):
+            self._draw(trainer, pl_module, batch, "val")
+
+    def _begin_round(self, step: int) -> bool:
+        """Whether a round is due in this validation; if so, it is counted."""
+        if self.drawn >= self.rounds:
+            return False
+        if self.last_step is not None and step - self.last_step < self.every_n_steps:
+            return False
         self.drawn += 1
-        self.last_step = trainer.global_step
-        self._draw(trainer, pl_module, batch, "val")
+        self.last_step = step
+        return True
 
     def on_test_batch_end(
         self,
@@ -71,8 +81,8 @@ class MergePictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw the first batch."""
-        if not batch_idx and not dataloader_idx:
+        """Draw the first batch, of each modality."""
+        if not batch_idx and (dataloader_idx == 0 or "modality" in batch):
             self._draw(trainer, pl_module, batch, "test")
 
     @torch.no_grad()
@@ -95,12 +105,13 @@ class MergePictures(Callback):
             return
         with trainer.precision_plugin.forward_context():
             tokens, merged = pl_module.merge(batch)  # type: ignore[operator]  # QuickMergeModule's, or one like it
-        self.directory.mkdir(parents=True, exist_ok=True)
+        folder = self._folder(batch)
+        folder.mkdir(parents=True, exist_ok=True)
         paths, captions = [], []
         for i, described in zip(wanted, inputs, strict=True):
             figure = merge_picture(described, merged, i, tokens=tokens)
             key = re.sub(r"[^A-Za-z0-9_-]+", "_", batch["keys"][i])
-            paths.append(self.directory / f"{stage}-{i:02d}-{key}.png")
+            paths.append(folder / f"{stage}-{i:02d}-{key}.png")
             captions.append(
                 f"{batch['keys'][i]}: {int(merged.mask[i].sum())} of {int(tokens.mask[i].sum())} tokens"
             )
@@ -108,4 +119,12 @@ class MergePictures(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and paths:
                 images = [str(path) for path in paths]
-                logger.log_image(f"{stage}/merge", images, step=trainer.global_step, caption=captions)
+                name = "/".join([stage, *([batch["modality"]] if "modality" in batch else []), "merge"])
+                logger.log_image(name, images, step=trainer.global_step, caption=captions)
+
+    def _folder(self, batch: dict[str, Any]) -> Path:
+        """Where a batch's pictures go: for one modality of several, beside that modality's results."""
+        if "modality" not in batch:
+            return self.directory
+        run, modality = self.directory.parent.parent, str(batch["modality"])
+        return run / modality / self.directory.relative_to(run)

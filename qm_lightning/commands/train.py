@@ -12,10 +12,11 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import datamodules.image
+import datamodules.mixture
 import datamodules.paired
 import datamodules.text
 import datamodules.video  # noqa: F401  # makes the short class names known: --data TextDataModule
-from datamodules.base import ShardDataModule
+from datamodules.resumable import ResumableDataModule
 from qm_lightning.callbacks.pictures import MergePictures
 from qm_lightning.errors import UserError
 from qm_lightning.modules import QuickMergeModule
@@ -135,7 +136,7 @@ class QuickMergeCLI(LightningCLI):
         """A short pre-flight: the same versions, configuration and data on every rank, or no start."""
         world = resolve_world(os.environ)
         if world.size > 1:
-            data = self.datamodule.fingerprint() if isinstance(self.datamodule, ShardDataModule) else "-"
+            data = self.datamodule.fingerprint() if isinstance(self.datamodule, ResumableDataModule) else "-"
             require_same(collect_facts(world, self.config_dump, data))
 
     def _callbacks(self, config: Any) -> list[Callback]:
@@ -165,19 +166,25 @@ def share_processor(config: Any) -> None:
     Raises:
         UserError: the data names another processor or tokenizer than the backbone.
     """
-    backbone = config.get("model.init_args.backbone.init_args.name_or_path")
-    if backbone is None:
-        return
+    paths, parts = config.get("model.init_args.paths") or {}, config.get("data.init_args.parts") or {}
+    for name in paths.keys() & parts.keys():
+        _share(paths[name].backbone, parts[name].init_args, f"data.parts.{name}")
+    backbone = config.get("model.init_args.backbone")
+    if backbone is not None:
+        _share(backbone, config.data.init_args, "data")
+
+
+def _share(backbone: Any, data: Any, where: str) -> None:
+    name = backbone.get("init_args", {}).get("name_or_path")
     for key in ("processor", "tokenizer"):
-        path = f"data.init_args.{key}"
-        if path not in config:
+        if name is None or key not in data:
             continue
-        if config[path] is None:
-            config[path] = backbone
-        elif config[path] not in (backbone, "bytes") and not isinstance(config[path], int | dict):
+        if data[key] is None:
+            data[key] = name
+        elif data[key] not in (name, "bytes") and not isinstance(data[key], int | dict):
             raise UserError(
-                f"data.{key} is {config[path]!r} but the backbone is {backbone!r}; expected the same, "
-                f"since inputs must be prepared as the backbone was trained; leave data.{key} out"
+                f"{where}.{key} is {data[key]!r} but the backbone is {name!r}; expected the same, "
+                f"since inputs must be prepared as the backbone was trained; leave {where}.{key} out"
             )
 
 

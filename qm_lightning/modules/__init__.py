@@ -1,5 +1,6 @@
 """LightningModules: the QuickMerge module, its kin for label sets, and the pre-training of small backbones."""
 
+from qm_lightning.modules.multimodal import ModalityPath, MultimodalModule
 from qm_lightning.modules.nxtp import LabelDecoding, NXTPModule
 from qm_lightning.modules.optim import OptimizerOptions
 from qm_lightning.modules.pretrain import BackbonePretrainModule
@@ -10,6 +11,8 @@ __all__ = [
     "BackbonePretrainModule",
     "LabelDecoding",
     "LossWeights",
+    "ModalityPath",
+    "MultimodalModule",
     "NXTPModule",
     "OptimizerOptions",
     "QuickMergeModule",
