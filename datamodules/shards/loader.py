@@ -15,7 +15,7 @@ from datamodules.errors import DataError
 from datamodules.shards.faults import Fault, FaultPolicy
 from datamodules.shards.geometry import Progress
 from datamodules.shards.order import OrderSettings
-from datamodules.shards.stream import Batch, BatchStream, StreamSpec
+from datamodules.shards.stream import Batch, BatchStream, StreamSpec, unpack_places
 
 log = logging.getLogger(__name__)
 
@@ -282,6 +282,8 @@ class StreamLoader:
             raise DataError("reading data failed on another rank, so all ranks stop; its log has the reason")
         if self._bad > self.policy.allowed(self.total):
             raise self.policy.verdict(self._bad, self.total, faults[-1] if faults else None)
+        if batch is not None:
+            unpack_places(batch, pin=self._worker_options["pin_memory"] and torch.accelerator.is_available())
         return batch
 
     def close(self) -> None:

@@ -29,6 +29,7 @@ Decode = Callable[[dict[str, bytes], str, int], dict[str, Any]]
 Collate = Callable[[list[dict[str, Any]]], Batch]
 
 _AHEAD = 2048  # positions whose places are computed together; spreads numpy's cost per call
+_PLACES = "places"  # of a batch on its way from a worker
 _FILLERS = 64  # neighbours to try for a sample that can stand in for a bad one
 
 
@@ -65,6 +66,16 @@ class StreamSpec:
         settings = self.settings_of(epoch)
         order = EpochOrder([s.samples for s in self.shards], settings, epoch)
         return LengthBuckets(order, reader.lengths, settings, epoch) if settings.bucket else order
+
+
+def unpack_places(batch: Batch, *, pin: bool) -> None:
+    """Make `valid`, `seeds` and `position` of what a worker sent, in place.
+
+    They travel as one array: a tensor would cost a shared-memory file each, more than small samples do.
+    """
+    places = torch.from_numpy(batch.pop(_PLACES))
+    valid, batch["seeds"], batch["position"] = (places.pin_memory() if pin else places).unbind()
+    batch["valid"] = valid.bool()
 
 
 class _Place(NamedTuple):
@@ -186,9 +197,7 @@ class BatchStream(IterableDataset[Batch]):
         valid = np.array([j < real and samples[i] is not None for j, i in enumerate(slots)])
         batch = dict(self._spec.collate([sample for _, sample in filled]))
         batch["keys"] = [key for key, _ in filled]
-        batch["valid"] = torch.from_numpy(valid)
-        batch["seeds"] = torch.from_numpy(place.seed[slots])
-        batch["position"] = torch.from_numpy(np.where(valid, place.position[slots], -1))
+        batch[_PLACES] = np.stack([valid, place.seed[slots], np.where(valid, place.position[slots], -1)])
         batch["progress"] = tuple(self._spec.geometry.progress(start, share.end))
         batch["weight"] = share.weight
         if faults:
