@@ -177,7 +177,8 @@ def measure_resume(root: Path) -> dict[str, Any]:
     for _ in itertools.islice(reached, place // BATCH):
         pass
     their_state, my_state = reached.state_dict(), ours(folder, kind, 0).state_dict() | {"consumed": place}
-    mine, rival = [], []
+    mine: list[float] = []
+    rival: list[float] = []
     for _ in range(REPEATS):
         for make, state, times in (
             (lambda: ours(folder, kind, 0), my_state, mine),
