@@ -8,12 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qm_lightning.errors import UserError
 from qm_lightning.merging.assemble import assemble, own_sizes
 from qm_lightning.merging.base import BudgetMerger, Causality
 from qm_lightning.merging.budget import Budget
 from qm_lightning.merging.entropy_budget import EntropyBudget
 from qm_lightning.merging.grouping import nearest_anchor
 from qm_lightning.merging.noise import Noise
+from qm_lightning.merging.novelty import repetition
 from qm_lightning.merging.salience import LOW_ENTROPY, Salience
 from qm_lightning.merging.select import chosen_indices, top_mask
 from qm_lightning.tokens import AttentionStats, MergedTokens, Tokens
@@ -30,6 +32,8 @@ class QuickMerge(BudgetMerger):
         noise_scale: of the Gumbel noise on the choice of anchors in training.
         gate_temperature: of the gate's gradient.
         eps: mass of a token that is no anchor, and the least mass of an anchor.
+        novelty: share of its salience that a token of a clip loses when it repeats what lay at its place a step
+            before, in [0,1]: what stands still is kept once, and the budget falls. Texts and pictures are not touched.
         salience_weights: of ``1 - entropy``, ``norm`` and ``received``, where learning starts.
         seed: of the noise.
         input_dim: width of the tokens, for ``learn_weights`` outside a QuickMergeModule.
@@ -46,6 +50,7 @@ class QuickMerge(BudgetMerger):
         noise_scale: float = 0.1,
         gate_temperature: float = 0.1,
         eps: float = 0.01,
+        novelty: float = 0.0,
         salience_weights: tuple[float, float, float] = LOW_ENTROPY,
         seed: int = 0,
         input_dim: int | None = None,
@@ -56,6 +61,9 @@ class QuickMerge(BudgetMerger):
         self.noise = Noise(seed)
         self.locality, self.noise_scale, self.gate_temperature = locality, noise_scale, gate_temperature
         self.eps = eps
+        if not 0.0 <= novelty <= 1.0:
+            raise UserError(f"QuickMerge(novelty={novelty}): expected a share in [0, 1]")
+        self.novelty = novelty
         if input_dim is not None:
             self.salience.build(input_dim, layers)
 
@@ -65,7 +73,10 @@ class QuickMerge(BudgetMerger):
 
     def forward(self, tokens: Tokens) -> MergedTokens:
         """Merge a batch; gradients reach values and salience."""
-        return self.merge(tokens, self.salience(tokens))
+        salience = self.salience(tokens)
+        if self.novelty > 0:
+            salience = salience * (1.0 - self.novelty * repetition(tokens).to(salience.dtype))
+        return self.merge(tokens, salience)
 
     def merge(self, tokens: Tokens, salience: Tensor) -> MergedTokens:
         """Merge by a given salience.
