@@ -1,0 +1,73 @@
+"""The README.md of an export: what it is, what it reached, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_USE = {
+    "conditioning": """\
+from qm_lightning.export import from_pretrained
+
+model = from_pretrained(".")
+backbone = model.load_backbone()                # {backbone}
+merged = model.merge(backbone(inputs))          # {inputs}
+ids = model.prior.generate(merged, max_new_tokens=64, temperature=0.0, eos_id={eos_id})""",
+    "streaming": """\
+from qm_lightning.export import from_pretrained
+
+model = from_pretrained(".")
+backbone = model.load_backbone()                # {backbone}
+encode = lambda ids, mask: model.merge(backbone({{"input_ids": ids, "attention_mask": mask.long()}}))
+ids = model.prior.generate(encode, prompts, mask, max_new_tokens=64, eos_id={eos_id})   # prompts [B,N], mask [B,N]""",
+}
+_INPUTS = {
+    "text": '{"input_ids": [B,N], "attention_mask": [B,N]}',
+    "image": '{"pixel_values": [B,C,H,W]}',
+    "video": '{"pixel_values": [B,F,C,H,W]}',
+}
+
+
+def model_card(config: Mapping[str, Any], weights: int) -> str:
+    """Markdown with the YAML head that model hubs read.
+
+    Args:
+        config: content of config.json.
+        weights: number of them.
+    """
+    facts = config["facts"]
+    backbone = config["backbone"]
+    merger = config["merger"]["class"]
+    use = _USE[config["mode"]].format(
+        backbone=backbone["name_or_path"], inputs=_INPUTS[backbone["modality"]], eos_id=config["eos_id"]
+    )
+    lines = [
+        "---",
+        "library_name: qm-lightning",
+        "tags: [token-merging]",
+        "---",
+        "",
+        f"# {merger} and a causal prior ({config['mode']} mode)",
+        "",
+        f"{weights:,} weights, trained behind the frozen backbone `{backbone['name_or_path']}` "
+        f"({backbone['modality']}), which is not part of this export.",
+        f"The backbone's fingerprint is `{backbone['fingerprint']}`; another one is refused.",
+        "",
+        *_table("Run", {k: v for k, v in facts.items() if k != "metrics"}),
+        *_table("Metrics on the test shards", facts.get("metrics") or {}),
+        *([] if facts.get("metrics") else ["The run was not tested, so no metric is known.", ""]),
+        "## Use",
+        "",
+        *("    " + line if line else "" for line in use.splitlines()),
+        "",
+        f"Made by qm_lightning {config['versions']['qm_lightning']}, torch {config['versions']['torch']}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
+    if not rows:
+        return []
+    shown = ((name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in rows.items())
+    return [f"## {title}", "", "| | |", "| --- | --- |", *(f"| {n} | {v} |" for n, v in shown), ""]
