@@ -251,7 +251,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise UserError(f"no {file.name} in {file.parent}; expected a complete export; export again")
     try:
-        return safetensors.torch.load_file(file)
+        weights: dict[str, Tensor] = safetensors.torch.load_file(file)
+        return weights
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is broken ({error}); expected a complete file; export again") from error
 
