@@ -8,6 +8,7 @@ checkpoint rolled back is not counted and what was trained twice shows.
 
 from __future__ import annotations
 
+import itertools
 import random
 import zlib
 from dataclasses import replace
@@ -102,12 +103,25 @@ def start_of(checkpoint: dict[str, Any]) -> Progress:
     return Progress(start.epoch + 1, 0) if start.consumed == SAMPLES and state["tail"] != "carry" else start
 
 
+def slow(*values: Any) -> Any:
+    """A case that only the whole suite runs: one like it runs each time."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # The same numbers again: worlds x workers x tails, killed at a random step ------------------------------
 
 
-@pytest.mark.parametrize("tail", ["pad", "drop", "carry"])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("world", [1, 2, 3])
+CORE = {(1, 0, "pad"), (2, 2, "pad"), (3, 0, "drop"), (2, 0, "carry")}
+"""Cells of the matrix that run each time; the others are slow."""
+
+
+@pytest.mark.parametrize(
+    ("world", "workers", "tail"),
+    [
+        pytest.param(*cell, marks=[] if cell in CORE else pytest.mark.slow)
+        for cell in itertools.product([1, 2, 3], [0, 2], ["pad", "drop", "carry"])
+    ],
+)
 def test_killed(world: int, workers: int, tail: str, root: Path, tmp_path: Path) -> None:
     """SIGKILL anywhere; checkpoints every second step, so that steps are lost and done again."""
     steps = 2 * Geometry(SAMPLES, 4, 0, world, tail).batches
@@ -138,20 +152,21 @@ def test_killed(world: int, workers: int, tail: str, root: Path, tmp_path: Path)
     ("first", "second"),
     [
         (Stage(2), Stage(1)),
-        (Stage(1), Stage(2)),
-        (Stage(2), Stage(3)),
-        (Stage(3, 2), Stage(1, 0)),
-        (Stage(1, 0), Stage(1, 2)),
         (Stage(1), Stage(2, batch=3)),
-        (Stage(2), Stage(2, batch=7)),
-        (Stage(2), Stage(1, batch=8)),
+        (Stage(2), Stage(3)),
         (Stage(1, batch=6, accumulate=2), Stage(3, batch=2, accumulate=2)),
-        (Stage(2, data={"tail": "carry"}), Stage(1, data={"tail": "carry"})),
         (Stage(1, data={"tail": "carry"}), Stage(3, 2, data={"tail": "carry"})),
         (
             Stage(1, data={"lanes": 2, "window": 8, "slice_len": 4}),
             Stage(2, batch=3, data={"lanes": 3, "window": 5}),
         ),
+        (Stage(2, data={"bucket_batches": 3}), Stage(1, batch=3, data={"bucket_batches": 2})),
+        slow(Stage(1), Stage(2)),
+        slow(Stage(3, 2), Stage(1, 0)),
+        slow(Stage(1, 0), Stage(1, 2)),
+        slow(Stage(2), Stage(2, batch=7)),
+        slow(Stage(2), Stage(1, batch=8)),
+        slow(Stage(2, data={"tail": "carry"}), Stage(1, data={"tail": "carry"})),
     ],
     ids=lambda s: f"{s.world}x{s.batch}w{s.workers}" + s.data.get("tail", ""),
 )
@@ -174,7 +189,7 @@ NOW = {"every_n_train_steps": 10**6}  # no checkpoint but the one that the case 
 
 
 @pytest.mark.parametrize(
-    "second", [Stage(2, accumulate=3), Stage(1, accumulate=3), Stage(2, batch=3, accumulate=2)], ids=str
+    "second", [Stage(2, accumulate=3), Stage(1, batch=3, accumulate=2), slow(Stage(1, accumulate=3))], ids=str
 )
 def test_exception_in_an_accumulation_window(second: Stage, root: Path, tmp_path: Path) -> None:
     """The checkpoint made on the exception goes back to the last applied step, not to the last batch."""
@@ -184,7 +199,7 @@ def test_exception_in_an_accumulation_window(second: Stage, root: Path, tmp_path
     whole_epochs(seen)
 
 
-@pytest.mark.parametrize("fatal", [1, 7, 9])
+@pytest.mark.parametrize("fatal", [slow(1), 7, slow(9)])
 def test_save_on_exception(fatal: int, root: Path, tmp_path: Path) -> None:
     """Early, in the first batch of the second epoch, and inside it."""
     first = Stage(2, fatal=fatal, how="raise", checkpoint=NOW | {"save_on_exception": True})
@@ -193,7 +208,7 @@ def test_save_on_exception(fatal: int, root: Path, tmp_path: Path) -> None:
     whole_epochs(seen)
 
 
-@pytest.mark.parametrize("second", [Stage(2), Stage(1)], ids=str)
+@pytest.mark.parametrize("second", [slow(Stage(2)), Stage(1)], ids=str)
 def test_checkpoint_at_validation_end(second: Stage, root: Path, tmp_path: Path) -> None:
     validating = {"limit_val_batches": 1.0, "val_check_interval": 3}
     saved = {"every_n_epochs": 1, "save_on_train_epoch_end": False}
@@ -207,8 +222,10 @@ def test_checkpoint_at_validation_end(second: Stage, root: Path, tmp_path: Path)
         assert ids == sorted(list(range(SAMPLES)) * (len(ids) // SAMPLES))
 
 
-@pytest.mark.parametrize("limit", [{}, {"max_steps": 14}], ids=["epochs", "steps"])
-@pytest.mark.parametrize("fatal", [7, 8, 10])
+@pytest.mark.parametrize(
+    ("fatal", "limit"),
+    [(7, {}), (8, {"max_steps": 14}), *(slow(*c) for c in ((8, {}), (10, {}), (7, {"max_steps": 14})))],
+)
 def test_around_the_end_of_an_epoch(fatal: int, limit: dict[str, int], root: Path, tmp_path: Path) -> None:
     """Checkpoints of the last batch of epoch 0 and of batches of epoch 1, limited by epochs or steps."""
     first = Stage(2, fatal=fatal, trainer=limit)
@@ -216,15 +233,22 @@ def test_around_the_end_of_an_epoch(fatal: int, limit: dict[str, int], root: Pat
     whole_epochs(seen)
 
 
-@pytest.mark.parametrize("second", [Stage(1, trainer={"max_steps": 20}), Stage(2, batch=2)], ids=str)
-@pytest.mark.parametrize("fatal", [7, 9])
+@pytest.mark.parametrize(
+    ("fatal", "second"),
+    [
+        (7, Stage(1, trainer={"max_steps": 20})),
+        slow(9, Stage(1, trainer={"max_steps": 20})),
+        slow(7, Stage(2, batch=2)),
+        slow(9, Stage(2, batch=2)),
+    ],
+)
 def test_resized_around_the_end_of_an_epoch(fatal: int, second: Stage, root: Path, tmp_path: Path) -> None:
     limit = {"max_steps": 99} if second.trainer else {}
     seen, _ = interrupted(Stage(2, fatal=fatal, trainer=limit), second, root, tmp_path)
     whole_epochs(seen)
 
 
-@pytest.mark.parametrize("steps", [-1, 14])
+@pytest.mark.parametrize("steps", [-1, slow(14)])
 def test_checkpoint_after_the_epoch(steps: int, root: Path, tmp_path: Path) -> None:
     """Saved in on_train_epoch_end."""
     first = Stage(2, fatal=9, trainer={"max_steps": steps}, checkpoint={"save_on_train_epoch_end": True})
@@ -233,7 +257,7 @@ def test_checkpoint_after_the_epoch(steps: int, root: Path, tmp_path: Path) -> N
     whole_epochs(seen)
 
 
-@pytest.mark.parametrize("second", [Stage(2, schedule=True), Stage(1, schedule=True)], ids=str)
+@pytest.mark.parametrize("second", [slow(Stage(2, schedule=True)), Stage(1, schedule=True)], ids=str)
 def test_estimated_stepping_batches(second: Stage, root: Path, tmp_path: Path) -> None:
     """Makes Lightning build the loader before it loads the loops, and drop the loader's own state."""
     seen, _ = interrupted(Stage(2, fatal=5, schedule=True), second, root, tmp_path)
@@ -247,6 +271,7 @@ def test_persistent_workers(root: Path, tmp_path: Path) -> None:
     same_batches(tmp_path / "second", stage, start_of(checkpoint), 3)
 
 
+@pytest.mark.slow
 def test_three_lives(root: Path, tmp_path: Path) -> None:
     """Killed, resumed elsewhere, killed again, resumed."""
     run(Stage(2, fatal=4), root, tmp_path / "a")
@@ -255,7 +280,7 @@ def test_three_lives(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"reload_dataloaders_every_n_epochs": 1}, {"limit_train_batches": 5}], ids=str
+    "option", [slow({"reload_dataloaders_every_n_epochs": 1}), {"limit_train_batches": 5}], ids=str
 )
 def test_trainer_options(option: dict[str, Any], root: Path, tmp_path: Path) -> None:
     stage = Stage(2, trainer=option)
@@ -265,7 +290,7 @@ def test_trainer_options(option: dict[str, Any], root: Path, tmp_path: Path) -> 
     assert seen.sum() == 2 * kept
 
 
-@pytest.mark.parametrize("second", [Stage(2, schedule=True), Stage(1, batch=3, schedule=True)], ids=str)
+@pytest.mark.parametrize("second", [slow(Stage(2, schedule=True)), Stage(1, batch=3, schedule=True)], ids=str)
 def test_saved_between_step_and_batch_end(second: Stage, root: Path, tmp_path: Path) -> None:
     """As a signal handler would: the optimizer has stepped, Lightning has not yet counted the batch."""
     first = Stage(2, schedule=True, fatal=4, how="save", checkpoint=NOW)
