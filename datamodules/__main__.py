@@ -25,6 +25,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     verify = verbs.add_parser("verify", help="check shards against their index")
     verify.add_argument("root", type=Path)
     verify.add_argument("--sha256", action="store_true", help="compare checksums as well")
+    for verb in (index, verify):
+        verb.add_argument("--workers", type=int, help="processes (default: all cores for 256 MB and more)")
     prepare = verbs.add_parser("prepare", help="make shards with their index")
     modalities = prepare.add_subparsers(dest="modality", required=True)
     for modality in MODALITIES:
@@ -72,13 +74,13 @@ def main(argv: list[str] | None = None) -> int:
             modality, source, out = options.pop("modality"), options.pop("source"), options.pop("out")
             _source(modality, source).prepare(source, out, **options)
             return 0
-        folders = shard_folders(options["root"])
+        folders, workers = shard_folders(options["root"]), options["workers"]
         if verb == "index":
             fields = [field for field in options["fields"].split(",") if field]
             for folder in folders:
-                index_folder(folder, exclude_bad=options["exclude_bad"], fields=fields)
+                index_folder(folder, exclude_bad=options["exclude_bad"], fields=fields, workers=workers)
             return 0
-        return int(sum(verify_folder(f, checksum=options["sha256"]) for f in folders) > 0)
+        return int(sum(verify_folder(f, checksum=options["sha256"], workers=workers) for f in folders) > 0)
     except DataError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.progress import track
 
@@ -12,8 +15,11 @@ from datamodules.errors import DataError
 from datamodules.shards.files import sha256_of
 from datamodules.shards.index import build_index, index_path, load_offsets, scan
 from datamodules.shards.manifest import Manifest, ShardEntry
+from datamodules.shards.processes import map_files
 
 _PACKED = ("*.tar.gz", "*.tgz", "*.tar.zst", "*.tar.bz2", "*.tar.xz")
+
+_MANY_BYTES = 256 << 20  # below that, starting processes takes longer than it saves
 
 
 def shard_folders(root: Path) -> list[Path]:
@@ -32,31 +38,50 @@ def shard_folders(root: Path) -> list[Path]:
     raise DataError(f"no *.tar under {root}; expected a folder of WebDataset shards; check the path")
 
 
-def index_folder(folder: Path, *, exclude_bad: bool, fields: Sequence[str] = ()) -> int:
+class _Verdict(NamedTuple):
+    """What indexing a shard came to: its entry or the reason why it has none, and what is worth a note."""
+
+    path: Path
+    entry: ShardEntry | None
+    reason: str = ""
+    note: str = ""
+
+
+def _index_shard(path: Path, fields: Sequence[str]) -> _Verdict:
+    try:
+        found = scan(path)
+        entry = build_index(path, found, fields=fields)
+    except (DataError, OSError) as error:
+        return _Verdict(path, None, reason=_reason(error))
+    return _Verdict(path, entry, note="; ".join(found.missing(frozenset().union(*found.layouts))))
+
+
+def index_folder(
+    folder: Path, *, exclude_bad: bool, fields: Sequence[str] = (), workers: int | None = None
+) -> None:
     """Index every shard of a folder and write its manifest.
 
     Args:
         folder: a split's folder.
         exclude_bad: leave damaged shards out, on record, instead of refusing the folder.
         fields: fields that every sample must have; a shard with one that has not is damaged.
-
-    Returns:
-        Number of damaged shards.
+        workers: processes; `None`: all cores, if there is enough to do.
 
     Raises:
         DataError: damaged shards, and `exclude_bad` is not set; or no good shard.
     """
     entries: list[ShardEntry] = []
     bad: list[tuple[str, str]] = []
-    for path in track(sorted(folder.glob("*.tar")), description=f"indexing {folder}"):
-        try:
-            found = scan(path)
-            entries.append(build_index(path, found, fields=fields))
-            if uneven := found.missing(frozenset().union(*found.layouts)):
-                _say("note", path, "; ".join(uneven))  # no damage, but a pair may want its caption
-        except (DataError, OSError) as error:
-            bad.append((path.name, _reason(error)))
-            _say("bad", path, bad[-1][1])
+    paths = sorted(folder.glob("*.tar"))
+    work = map_files(partial(_index_shard, fields=fields), paths, _processes(paths, workers))
+    for verdict in track(work, description=f"indexing {folder}", total=len(paths)):
+        if verdict.entry is None:
+            bad.append((verdict.path.name, verdict.reason))
+            _say("bad", verdict.path, verdict.reason)
+            continue
+        entries.append(verdict.entry)
+        if verdict.note:  # no damage, but a pair may want its caption
+            _say("note", verdict.path, verdict.note)
     if bad and (not exclude_bad or not entries):
         cure = "mend them, or leave them out on record with --exclude-bad" if entries else "mend them"
         raise DataError(f"{len(bad)} of {len(bad) + len(entries)} shards in {folder} are damaged; {cure}")
@@ -65,15 +90,15 @@ def index_folder(folder: Path, *, exclude_bad: bool, fields: Sequence[str] = ())
     print(
         f"good  {folder}: {len(entries)} shards, {manifest.total} samples, fingerprint {manifest.fingerprint}"
     )
-    return len(bad)
 
 
-def verify_folder(folder: Path, *, checksum: bool) -> int:
+def verify_folder(folder: Path, *, checksum: bool, workers: int | None = None) -> int:
     """Check a folder's shards against its manifest.
 
     Args:
         folder: a split's folder.
         checksum: also compare sha256, which alone shows flipped data bytes.
+        workers: processes; `None`: all cores, if there is enough to do.
 
     Returns:
         Number of shards that disagree, or that the manifest does not know.
@@ -83,8 +108,10 @@ def verify_folder(folder: Path, *, checksum: bool) -> int:
     """
     manifest = Manifest.load(folder)
     bad = 0
-    for entry in track(manifest.shards, description=f"verifying {folder}"):
-        reason = _disagreement(folder / entry.name, entry, checksum=checksum)
+    processes = _processes(sorted(folder.glob("*.tar")), workers)
+    work = map_files(partial(_disagreement, folder, checksum=checksum), manifest.shards, processes)
+    reasons = track(work, description=f"verifying {folder}", total=len(manifest.shards))
+    for entry, reason in zip(manifest.shards, reasons, strict=True):
         if reason:
             bad += 1
             _say("bad", folder / entry.name, reason)
@@ -99,7 +126,8 @@ def verify_folder(folder: Path, *, checksum: bool) -> int:
     return bad + len(unknown)
 
 
-def _disagreement(path: Path, entry: ShardEntry, *, checksum: bool) -> str | None:
+def _disagreement(folder: Path, entry: ShardEntry, *, checksum: bool) -> str | None:
+    path = folder / entry.name
     if not path.is_file():
         return "the file is missing"
     if path.stat().st_size != entry.bytes:
@@ -112,6 +140,12 @@ def _disagreement(path: Path, entry: ShardEntry, *, checksum: bool) -> str | Non
     except (DataError, OSError) as error:
         return _reason(error)
     return None
+
+
+def _processes(paths: Sequence[Path], asked: int | None) -> int:
+    if asked is not None:
+        return asked
+    return (os.cpu_count() or 1) if sum(path.stat().st_size for path in paths) >= _MANY_BYTES else 1
 
 
 def _reason(error: Exception) -> str:

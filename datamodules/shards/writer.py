@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -23,7 +21,7 @@ from datamodules.shards.files import sha256_of, sync_directory, write_atomic
 from datamodules.shards.hashing import Word
 from datamodules.shards.index import Scan, entry_of, index_path, load_offsets, scan, write_index
 from datamodules.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
-from datamodules.shards.processes import end_with_parent
+from datamodules.shards.processes import map_files
 from datamodules.shards.tar import split_key
 
 CHECKSUM_SUFFIX = ".sha256"  # `sha256sum --check *.sha256` reads these files
@@ -163,14 +161,8 @@ def write_shards(
     jobs = _jobs(folder, split, len(source), shard_size)
     _remove_others(folder, jobs)
     make = partial(_make, source=source, fields=fields)
-    bar = partial(track, description=f"{split} shards", total=len(jobs), disable=not progress)
-    if workers > 1 and len(jobs) > 1:
-        with ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=end_with_parent
-        ) as pool:
-            shards = list(bar(pool.map(make, jobs)))
-    else:
-        shards = list(bar(map(make, jobs)))
+    made = map_files(make, jobs, workers)
+    shards = list(track(made, description=f"{split} shards", total=len(jobs), disable=not progress))
     _refuse_double_keys([job.path for job in jobs], [shard.keys for shard in shards])
     manifest = Manifest(tuple(shard.entry for shard in shards))
     manifest.save(folder)

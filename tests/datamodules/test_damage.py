@@ -157,3 +157,14 @@ def test_folders_without_shards(tmp_path: Path, capsys: pytest.CaptureFixture[st
     archive(tmp_path / "a.tar", "x.txt")
     assert main(["verify", str(tmp_path)]) == 2
     assert "python -m datamodules index" in capsys.readouterr().err
+
+
+def test_several_processes_say_the_same(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = damage(root, DAMAGE["bad header"][0])
+    assert main(["verify", str(root), "--sha256", "--workers", "2"]) == 1
+    assert f"bad   {path}: bad header checksum" in capsys.readouterr().err
+    assert main(["index", str(root), "--exclude-bad", "--workers", "2"]) == 0
+    assert f"bad   {path}: bad header checksum" in capsys.readouterr().err
+    manifest = Manifest.load(root / "train")
+    assert (manifest.total, len(manifest.shards)) == (SAMPLES - 10, 7)
+    assert [shard.name for shard in manifest.shards] == sorted(shard.name for shard in manifest.shards)
