@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -29,6 +30,23 @@ def training_ends(trainer: Trainer) -> bool:
 def logs_now(trainer: Trainer) -> bool:
     """Whether the current training batch is one whose metrics go to the loggers."""
     return trainer._logger_connector.should_update_logs
+
+
+def time_fetching(trainer: Trainer, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Call back around every wait for the next training batch; Lightning's own profiling goes on."""
+    loop = trainer.fit_loop.epoch_loop
+    start, stop = type(loop)._on_before_fetch, type(loop)._on_after_fetch
+
+    def timed_start() -> None:
+        start(loop)
+        before()
+
+    def timed_stop() -> None:
+        after()
+        stop(loop)
+
+    # The loop hands these to its data fetcher at the start of every epoch.
+    loop._on_before_fetch, loop._on_after_fetch = timed_start, timed_stop  # type: ignore[method-assign]
 
 
 def flush_step_metrics(trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Watches loss, gradients and learning rate."""
+"""Watches loss, gradients, learning rate and budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qm_lightning.runtime.rendezvous import cpu_group
 
 
 class TrainingMonitor(Callback):
-    """Logs gradient norm and learning rate; stops every rank at a loss that is not finite.
+    """Logs gradient norm, learning rate and the budget's controller; stops every rank at a loss that is not finite.
 
     Args:
         every: batches between two looks at the loss; ``None``: 1 on the CPU, 10 on accelerators, where a look
@@ -49,6 +49,9 @@ class TrainingMonitor(Callback):
             norm = self._norm.full_tensor() if hasattr(self._norm, "full_tensor") else self._norm
             pl_module.log("train/gradient_norm", norm, batch_size=1)
             pl_module.log("train/learning_rate", trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
+            rho = getattr(getattr(getattr(pl_module, "merger", None), "budget", None), "rho", None)
+            if isinstance(rho, Tensor):
+                pl_module.log("train/budget/rho", rho.detach().float(), batch_size=1)
             self._norm = None
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if self._bad is None or not isinstance(loss, Tensor):

@@ -14,6 +14,7 @@ from qm_lightning.callbacks.resume_policy import ExplicitOptimizer, InitialWeigh
 from qm_lightning.callbacks.rng import StatelessRNG
 from qm_lightning.callbacks.run_record import RunRecord
 from qm_lightning.callbacks.same_start import SameStart
+from qm_lightning.callbacks.throughput import Throughput
 from qm_lightning.errors import UserError
 from qm_lightning.runtime.checkpoint_io import AtomicCheckpointIO
 from qm_lightning.runtime.run_directory import RunDirectory
@@ -35,7 +36,13 @@ def always_on_callbacks(
     Returns:
         New callbacks.
     """
-    callbacks: list[Callback] = [SameStart(), ExplicitOptimizer(run), StatelessRNG(seed), TrainingMonitor()]
+    callbacks: list[Callback] = [
+        SameStart(),
+        ExplicitOptimizer(run),
+        StatelessRNG(seed),
+        TrainingMonitor(),
+        Throughput(),
+    ]
     if run.initial_weights is not None:
         callbacks.append(InitialWeights(run.initial_weights))
     # The guard comes late: what others count in a step must be counted before it leaves. Lightning puts
