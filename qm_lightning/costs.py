@@ -59,18 +59,22 @@ def measure_cost(
         repeats: timed calls per part; the median counts.
 
     Returns:
-        ``ms_backbone``, ``ms_merge``, ``ms_prior`` and their sum ``ms_per_sample`` (milliseconds per sample),
-        ``prior_flops_per_sample``, and ``peak_memory_bytes``: activations that a training step of merger and
-        prior keeps for its backward pass, for the batch.
+        ``ms_backbone`` (with the merging, where that happens inside), ``ms_merge``, ``ms_prior`` and their sum
+        ``ms_per_sample`` (milliseconds per sample), ``prior_flops_per_sample``, and ``peak_memory_bytes``:
+        activations that a training step of merger and prior keeps for its backward pass, for the batch.
     """
     was_training = module.training
     module.eval()
     samples = int(batch["valid"].shape[0])
     device = batch["targets"].device
     tokens, merged = module.merge(batch)
+    merger: Any = module.merger
+    inside = getattr(merger, "inside", False)
     parts: dict[str, Callable[[], object]] = {
-        "backbone": lambda: module.backbone(batch["inputs"]),
-        "merge": lambda: module.merger(tokens),
+        "backbone": lambda: (
+            merger.encode(module.backbone, batch["inputs"]) if inside else module.backbone(batch["inputs"])
+        ),
+        "merge": lambda: None if inside else merger(tokens),
         "prior": lambda: module.prior(merged, batch["targets"]),
     }
     cost = {
@@ -80,7 +84,9 @@ def measure_cost(
     kept = float(merged.mask.sum(1).float().mean())
     cost["prior_flops_per_sample"] = float(module.prior.flops(round(kept), int(batch["targets"].shape[1])))
     cost["peak_memory_bytes"] = float(
-        activation_bytes(lambda: module.prior(module.merger(tokens), batch["targets"]).logits.sum())
+        activation_bytes(
+            lambda: module.prior(merged if inside else merger(tokens), batch["targets"]).logits.sum()
+        )
     )
     module.train(was_training)
     return cost

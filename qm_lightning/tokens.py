@@ -43,6 +43,19 @@ class AttentionStats:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """How many tokens a merger is to leave, where a schedule and not the merger's budget decides it.
+
+    Attributes:
+        counts: [B] long, protected tokens included.
+        most: the largest count, as far as it is known without reading ``counts``.
+    """
+
+    counts: Tensor
+    most: int
+
+
+@dataclass(frozen=True)
 class Tokens:
     """A batch of backbone tokens.
 
@@ -58,6 +71,7 @@ class Tokens:
         seeds: [B] long, one number per sample that alone decides its random draws, so that noise does not
             depend on the process, the batch or the rank; ``None``: the merger counts its calls.
         ids: [B,N] long, vocabulary ids of a text, for mergers that learn to guess them; ``None``: no text.
+        keep: how many tokens to leave; ``None``: as the merger's budget says.
     """
 
     values: Tensor
@@ -70,6 +84,7 @@ class Tokens:
     size: Tensor | None = None
     seeds: Tensor | None = None
     ids: Tensor | None = None
+    keep: Keep | None = None
 
     @property
     def counts(self) -> Tensor:

@@ -1,5 +1,6 @@
 """Frozen Hugging Face encoders that give ``Tokens``, and the small ones of the demo."""
 
 from qm_lightning.backbones.hf import HFBackbone
+from qm_lightning.backbones.in_backbone import InBackbone
 
-__all__ = ["HFBackbone"]
+__all__ = ["HFBackbone", "InBackbone"]

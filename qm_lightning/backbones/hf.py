@@ -48,6 +48,7 @@ class HFBackbone(nn.Module):
         modality: ``text``, ``image`` or ``video``.
         max_tokens: longest text, ``None`` = no limit.
         attention_heads: heads per layer.
+        edge_ids: ids of the tokens that begin and end a text, where ``special_tokens`` protects them.
         config: the encoder's Hugging Face config.
 
     Raises:
@@ -82,7 +83,7 @@ class HFBackbone(nn.Module):
         self.layers = choose_layers(layers, int(self.config.num_hidden_layers))
         self._watched = {m: i for m, i in attention_modules(self.model).items() if i in self.layers}
         self.causal = any(bool(module.is_causal) for module in self._watched)
-        self._edge_ids = self._text_edges() if special_tokens == "protect" else []
+        self.edge_ids = self._text_edges() if special_tokens == "protect" else []
         self._fingerprint: str | None = None
         self.train(False)
 
@@ -137,7 +138,7 @@ class HFBackbone(nn.Module):
         valid = mask.bool()
         protected = None
         if self.special_tokens == "protect":
-            protected = torch.isin(ids, torch.tensor(self._edge_ids, device=ids.device)) & valid
+            protected = torch.isin(ids, torch.tensor(self.edge_ids, device=ids.device)) & valid
         return Tokens(
             values=values,
             mask=valid,

@@ -15,10 +15,26 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qm_lightning.attention import attention_with_stats
+from qm_lightning.backbones.policy_attention import policy_attention
 from qm_lightning.errors import UserError
 from qm_lightning.tokens import AttentionStats
 
 IMPLEMENTATION = "qm_statistics"
+
+
+@dataclass
+class Steering:
+    """What attention looks at when tokens are removed between layers, in place of the model's own mask.
+
+    Attributes:
+        mask: [B,N] bool, real tokens; ``None``: the model's own mask holds.
+        bias: [B,1,1,N] float, added to the scores: log of the tokens' sizes, -inf for padding.
+        policy: [B,N] float, 1 = kept, 0 = dropped but still there; ``None``: what is there is kept.
+    """
+
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    policy: Tensor | None = None
 
 
 @dataclass
@@ -30,12 +46,14 @@ class Record:
         received: whether received attention is wanted.
         stats: statistics (L = 1) by layer.
         keys: [B,N,d_h], keys averaged over heads, by layer.
+        steering: what attention looks at; changed between layers.
     """
 
     layers: Mapping[nn.Module, int]
     received: bool
     stats: dict[int, AttentionStats] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
+    steering: Steering = field(default_factory=Steering)
 
 
 # A context variable and not a global: each thread and each nested call sees its own record, or none.
@@ -68,6 +86,13 @@ def _attend(
     """The registered attention function: plain SDPA, and statistics where a record asks for them."""
     record = _record.get()
     layer = None if record is None else record.layers.get(module)
+    steering = Steering() if record is None else record.steering
+    if steering.bias is not None:
+        attention_mask, is_causal = steering.bias.to(query.dtype), False
+    if steering.policy is not None and steering.mask is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        attended = policy_attention(query, key, value, steering.policy, steering.mask, scale)
+        return attended.transpose(1, 2).contiguous(), None
     if record is None or layer is None:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs

@@ -10,6 +10,7 @@ from qm_lightning.merging.pitome import PiToMe
 from qm_lightning.merging.quickmerge import QuickMerge
 from qm_lightning.merging.random_prune import RandomPrune
 from qm_lightning.merging.salience import Salience
+from qm_lightning.merging.schedule import Schedule
 from qm_lightning.merging.scope import SCOPE
 from qm_lightning.merging.streaming_entropy import EntropyThreshold
 from qm_lightning.merging.streaming_pooling import DynamicPooling
@@ -41,6 +42,7 @@ __all__ = [
     "QuickMerge",
     "RandomPrune",
     "Salience",
+    "Schedule",
     "StreamingQuickMerge",
     "ToFu",
     "ToMe",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,53 @@ class Merger(Described, nn.Module, ABC):
     Attributes:
         causality: ``streaming``: a merged token depends on the past only; ``ordered``: order is kept, but the
             decision looks at the whole sequence; ``global``: groups span distant positions.
+        inside: it works between the layers of the backbone, whose compute it saves (``InBackbone``).
     """
 
     causality: ClassVar[Causality] = "global"
+    inside: ClassVar[bool] = False
 
     def build(self, input_dim: int, layers: int) -> None:
         """Make parameters for tokens of width ``input_dim`` and ``layers`` attention layers; here: none."""
 
+    @property
+    def reads_received(self) -> bool:
+        """Whether it needs the attention that each token receives, which a backbone gives on request."""
+        return False
+
+    def prepare(self, backbone: Any) -> None:
+        """Make parameters for a backbone, once; before the optimiser exists.
+
+        Args:
+            backbone: an ``HFBackbone``, or what has its ``hidden_size``, ``layers`` and ``received``.
+
+        Raises:
+            UserError: the backbone does not give what the merger reads.
+        """
+        if self.reads_received and not getattr(backbone, "received", True):
+            raise UserError(
+                f"{type(self).__name__} goes by the attention that each token receives, which the backbone "
+                "does not record; expected received=True; set --model.backbone.received true"
+            )
+        self.build(backbone.hidden_size, len(backbone.layers))
+
     @abstractmethod
     def forward(self, tokens: Tokens) -> MergedTokens:
         """Merge a batch."""
+
+    def encode(self, backbone: Any, inputs: dict[str, Tensor], plain: Tokens | None = None) -> MergedTokens:
+        """What the prior reads of a batch: the backbone's tokens, merged.
+
+        Args:
+            backbone: inputs -> ``Tokens``.
+            inputs: as the backbone takes them.
+            plain: what the backbone makes of them, where it is known; ``None``: it is asked.
+
+        Returns:
+            The merged tokens.
+        """
+        merged: MergedTokens = self(backbone(inputs) if plain is None else plain)
+        return merged
 
     def __call__(self, tokens: Tokens) -> MergedTokens:
         """Merge a batch; a sample without a valid token is an error."""
@@ -56,26 +93,14 @@ class BudgetMerger(Merger):
         self.budget = FixedBudget() if budget is None else budget
 
     def counts(self, tokens: Tokens, salience: Tensor | None = None) -> Tensor:
-        """Tokens left: what the budget says, and never fewer than the protected ones and one more.
-
-        Args:
-            tokens: the input.
-            salience: [B,N] float; ``None``: by low entropy if the budget reads salience at all.
-
-        Returns:
-            [B] long.
-        """
-        if salience is None:
-            salience = low_entropy(tokens) if self.budget.reads_salience else tokens.mask.float()
-        counts: Tensor = self.budget(salience, tokens.mask)
-        if tokens.protected is None:
-            return counts
-        protected = (tokens.protected & tokens.mask).sum(1)
-        return counts.maximum((protected + 1).minimum(tokens.counts))
+        """Tokens left: as ``Tokens.keep`` says, or else :func:`wanted_counts`, [B] long."""
+        return wanted_counts(self.budget, tokens, salience) if tokens.keep is None else tokens.keep.counts
 
     def slots(self, tokens: Tokens, counts: Tensor) -> int:
         """K of the batch: the largest count on the CPU, the budget's bound on an accelerator."""
         N = tokens.mask.shape[1]
+        if tokens.keep is not None:
+            return width(counts, tokens.keep.most)
         bound = self.budget.bound(N)
         if tokens.protected is not None:
             bound = min(N, max(bound, PROTECTED_ROOM + 1))
@@ -84,6 +109,26 @@ class BudgetMerger(Merger):
                     (counts <= bound).all(), "more protected tokens than the budget leaves room for"
                 )
         return width(counts, bound)
+
+
+def wanted_counts(budget: Budget, tokens: Tokens, salience: Tensor | None = None) -> Tensor:
+    """What the budget says, but never fewer than the protected tokens and one more.
+
+    Args:
+        budget: of the merger.
+        tokens: the input.
+        salience: [B,N] float; ``None``: by low entropy if the budget reads salience at all.
+
+    Returns:
+        [B] long.
+    """
+    if salience is None:
+        salience = low_entropy(tokens) if budget.reads_salience else tokens.mask.float()
+    counts: Tensor = budget(salience, tokens.mask)
+    if tokens.protected is None:
+        return counts
+    protected = (tokens.protected & tokens.mask).sum(1)
+    return counts.maximum((protected + 1).minimum(tokens.counts))
 
 
 def require_tokens(mask: Tensor) -> None:

@@ -37,12 +37,13 @@ class KeepPredictor(nn.Module):
             nn.Linear(dim // 4, 2),
         )
 
-    def forward(self, values: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, values: Tensor, mask: Tensor, policy: Tensor | None = None) -> Tensor:
         """Log-odds of keeping each token.
 
         Args:
             values: [B,N,D] float.
             mask: [B,N] bool, the tokens that count in the mean.
+            policy: [B,N] float, how much each of them counts; ``None``: all alike.
 
         Returns:
             [B,N] float32 or better.
@@ -50,7 +51,7 @@ class KeepPredictor(nn.Module):
         values = values.masked_fill(~mask.unsqueeze(-1), 0.0).to(next(self.parameters()).dtype)
         with torch.autocast(values.device.type, enabled=False):  # in bfloat16 scores tie
             own, shared = self.features(values).chunk(2, dim=-1)
-            real = mask.unsqueeze(-1).to(shared.dtype)
+            real = (mask if policy is None else policy * mask).unsqueeze(-1).to(shared.dtype)
             mean = (shared * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1.0)
             keep, drop = self.decide(torch.cat([own, mean.expand_as(shared)], dim=-1)).unbind(-1)
         log_odds: Tensor = keep - drop
@@ -108,13 +109,45 @@ class DynamicViT(BudgetMerger):
             return prune(tokens, top_mask(scores, tokens.mask, counts, tokens.protected), slots)
         scores = scores + self.noise.logistic(tokens).to(scores.dtype)
         chosen = top_mask(scores, tokens.mask, counts, tokens.protected)
-        soft = torch.sigmoid(scores / self.temperature)
-        slope = torch.where(free, soft - soft.detach(), 0.0)  # zero, with the gradient of the sigmoid
+        gates = self._gates(scores, free)
+        slope = gates - gates.detach()  # zero, with the gradient of the sigmoid
         merged = prune(_gated(tokens, slope), chosen, slots)
         passed = slope.gather(1, merged.anchors) if merged.anchors is not None else slope
-        gates = torch.where(free, (scores > 0).to(slope.dtype) + slope, 0.0)
         loss = self._ratio_loss(gates, free, counts - (tokens.mask & ~free).sum(1))
         return replace(merged, size=merged.size * (1.0 + passed), losses={"ratio": loss})
+
+    def decide(self, tokens: Tokens, policy: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates of one stage between the layers of a backbone, where dropped tokens stay in the tensor.
+
+        Args:
+            tokens: all of them, with ``keep``.
+            policy: [B,N] float, the gates of the stage before: what was dropped stays dropped.
+
+        Returns:
+            The gates [B,N], 0 or 1 with a gradient, at least one free token open; and the ratio loss.
+        """
+        if self.predictor is None or tokens.keep is None:
+            raise UserError("DynamicViT.decide needs a predictor (input_dim=) and Tokens.keep")
+        free = tokens.mask if tokens.protected is None else tokens.mask & ~tokens.protected
+        scores = self.predictor(tokens.values, free, policy)
+        if self.training:
+            scores = scores + self.noise.logistic(tokens).to(scores.dtype)
+            gates = self._gates(scores, free)
+        else:
+            left = (policy > 0) & free
+            room = tokens.keep.counts - (tokens.mask & ~free).sum(1)
+            gates = top_mask(scores, left, room.minimum(left.sum(1))).to(scores.dtype)
+        best = scores.detach().masked_fill(~(free & (policy > 0)), -float("inf")).argmax(1, keepdim=True)
+        gates = gates * policy
+        none = (gates * free).sum(1, keepdim=True) == 0
+        gates = torch.where(none & free, torch.zeros_like(gates).scatter(1, best, 1.0), gates)
+        loss = self._ratio_loss(gates * free, free, tokens.keep.counts - (tokens.mask & ~free).sum(1))
+        return torch.where(free, gates, tokens.mask.to(gates.dtype)), loss
+
+    def _gates(self, scores: Tensor, free: Tensor) -> Tensor:
+        """1 where a token is kept with its noise, the gradient of the sigmoid everywhere."""
+        soft = torch.sigmoid(scores / self.temperature)
+        return torch.where(free, (scores > 0).to(soft.dtype) + (soft - soft.detach()), 0.0)
 
     def _ratio_loss(self, gates: Tensor, free: Tensor, wanted: Tensor) -> Tensor:
         total = free.sum(1).clamp(min=1).to(gates.dtype)

@@ -33,6 +33,11 @@ class EViT(BudgetMerger):
     def __init__(self, budget: Budget | None = None) -> None:
         super().__init__(budget)
 
+    @property
+    def reads_received(self) -> bool:
+        """Always."""
+        return True
+
     def forward(self, tokens: Tokens) -> MergedTokens:
         """Kept tokens and the fused one, in order; ready at the end."""
         return self.merge(tokens, mean_received(tokens))

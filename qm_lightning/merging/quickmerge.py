@@ -71,6 +71,11 @@ class QuickMerge(BudgetMerger):
         """Make the salience's parameters, once."""
         self.salience.build(input_dim, layers)
 
+    @property
+    def reads_received(self) -> bool:
+        """With a weight on it."""
+        return self.salience.initial[2] != 0
+
     def forward(self, tokens: Tokens) -> MergedTokens:
         """Merge a batch; gradients reach values and salience."""
         salience = self.salience(tokens)

@@ -45,6 +45,11 @@ class SCOPE(BudgetMerger):
             raise UserError(f"SCOPE(by={by!r}): expected salience, received or uniform")
         self.alpha, self.by = alpha, by
 
+    @property
+    def reads_received(self) -> bool:
+        """With ``by="received"``."""
+        return self.by == "received"
+
     def forward(self, tokens: Tokens) -> MergedTokens:
         """The chosen tokens, in order."""
         return self.merge(tokens, self._salience(tokens))

@@ -32,6 +32,11 @@ class TopKPrune(BudgetMerger):
         super().__init__(budget)
         self.by = by
 
+    @property
+    def reads_received(self) -> bool:
+        """With ``by="received"``."""
+        return self.by == "received"
+
     def forward(self, tokens: Tokens) -> MergedTokens:
         """The K highest scores, in order."""
         scores = self._scores(tokens)

@@ -74,8 +74,8 @@ class BackboneSet(nn.ModuleDict):
 class MergerSet(nn.ModuleDict):
     """Mergers by modality, built for the width of their own backbone."""
 
-    def build(self, input_dim: int, layers: int) -> None:
-        """Nothing: each was built for its own backbone."""
+    def prepare(self, backbone: BackboneSet) -> None:
+        """Nothing: each was prepared for its own backbone."""
 
 
 class ModalityView(nn.Module):
@@ -131,7 +131,7 @@ class MultimodalModule(QuickMergeModule):
         if not paths:
             raise UserError("found no paths; expected a backbone and a merger for each modality")
         for path in paths.values():
-            path.merger.build(path.backbone.hidden_size, len(path.backbone.layers))
+            path.merger.prepare(path.backbone)
         super().__init__(
             BackboneSet({name: path.backbone for name, path in paths.items()}),  # type: ignore[arg-type]
             MergerSet({name: path.merger for name, path in paths.items()}),  # type: ignore[arg-type]

@@ -65,7 +65,7 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         super().__init__()
         self.backbone = backbone
         self.merger = merger
-        self.merger.build(backbone.hidden_size, len(backbone.layers))
+        self.merger.prepare(backbone)
         if not isinstance(prior, nn.Module):
             if vocab_size is None:
                 raise ValueError("vocab_size is needed to build the prior; or pass an ARPrior")
@@ -82,7 +82,7 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
     def merge(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens]:
         """Backbone and merger: what the prior reads, and what it was made from."""
         tokens = replace(self.backbone(batch["inputs"]), seeds=batch.get("seeds"))
-        merged: MergedTokens = self.merger(tokens)
+        merged = self.merger.encode(self.backbone, batch["inputs"], tokens)
         return tokens, in_buckets(merged, self.compiling.bucket) if self.compiling.prior else merged
 
     def encode(self, ids: Tensor, mask: Tensor) -> MergedTokens:
@@ -95,8 +95,7 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         Returns:
             The merged tokens.
         """
-        merged: MergedTokens = self.merger(self.backbone({"input_ids": ids, "attention_mask": mask.long()}))
-        return merged
+        return self.merger.encode(self.backbone, {"input_ids": ids, "attention_mask": mask.long()})
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens, PriorOutput]:
         """The whole path for one batch (docs/architecture.md lists its keys)."""
