@@ -7,12 +7,14 @@ under 2 % of what StatefulDataLoader needs; the order of 1e8 samples costs under
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import json
 import logging
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import tempfile
@@ -42,7 +44,7 @@ from datamodules.shards.stream import StreamSpec
 from datamodules.shards.writer import write_shards
 
 RESULTS = Path(__file__).parent / "results" / "stream.json"
-BATCH, REPEATS, BUFFER, JPEG_SIDE = 32, 7, 1000, 224
+BATCH, REPEATS, BUFFER, JPEG_SIDE = 32, 5, 1000, 224
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ class Records:
 
 
 KINDS = (
-    Records("text 2 KB", "txt", 20_000, 1000, 2_000),
-    Records("raw 100 KB", "bin", 3_000, 250, 100_000),
-    Records("JPEG to tensors", "jpg", 2_000, 200, 0),
+    Records("text 2 KB", "txt", 16_000, 1000, 2_000),
+    Records("raw 100 KB", "bin", 2_000, 250, 100_000),
+    Records("JPEG to tensors", "jpg", 1_000, 100, 0),
 )
 
 
@@ -131,32 +133,43 @@ def theirs(folder: Path, kind: Records, workers: int, shuffle: bool = True) -> I
     return loader
 
 
-def rate(make: Callable[[], Iterable[dict[str, Any]]], count: int) -> float:
-    """Samples per second of a whole pass, starting of workers included."""
-    begin = time.perf_counter()
+def cpu_seconds() -> float:
+    """CPU time of this process and of those it has waited for."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def one_pass(make: Callable[[], Iterable[dict[str, Any]]], count: int) -> tuple[float, float]:
+    """(seconds, CPU seconds) of a whole pass, starting and ending of workers included."""
+    begin, used = time.perf_counter(), cpu_seconds()
     seen = sum(len(batch["data"]) for batch in make())
     assert seen >= count, f"read {seen} of {count}"
-    return count / (time.perf_counter() - begin)
+    return time.perf_counter() - begin, cpu_seconds() - used
 
 
-def measure_throughput(root: Path) -> list[dict[str, Any]]:
-    """Interleaved repeats, so that what else the machine does hits both alike."""
+def measure_throughput(root: Path, kind: Records) -> list[dict[str, Any]]:
+    """Interleaved repeats, so that what else the machine does hits both alike; the first is not counted."""
     rows = []
-    for kind, workers in itertools.product(KINDS, (0, 1, 2)):
-        folder = root / kind.field / "train"
-        pairs = []
-        for _ in range(REPEATS):
-            mine = rate(lambda: ours(folder, kind, workers), kind.count)  # noqa: B023
-            pairs.append((mine, rate(lambda: theirs(folder, kind, workers), kind.count)))  # noqa: B023
-        ratios = [a / b for a, b in pairs]
+    folder = root / kind.field / "train"
+    for workers in (0, 1, 2):
+        rounds = []
+        for _ in range(REPEATS + 1):
+            mine = one_pass(lambda: ours(folder, kind, workers), kind.count)  # noqa: B023
+            rounds.append((mine, one_pass(lambda: theirs(folder, kind, workers), kind.count)))  # noqa: B023
+        (ours_times, their_times), ratios = (
+            zip(*rounds[1:], strict=True),
+            [b[0] / a[0] for a, b in rounds[1:]],
+        )
         rows.append(
             {
                 "records": kind.name,
                 "workers": workers,
-                "ours": [a for a, _ in pairs],
-                "webdataset": [b for _, b in pairs],
+                "load": os.getloadavg()[0],
+                "ours": [kind.count / seconds for seconds, _ in ours_times],
+                "webdataset": [kind.count / seconds for seconds, _ in their_times],
                 "ratios": ratios,
                 "median_ratio": statistics.median(ratios),
+                "median_cpu_ratio": statistics.median(b[1] / a[1] for a, b in rounds[1:]),
             }
         )
     return rows
@@ -200,30 +213,24 @@ def measure_resume(root: Path) -> dict[str, Any]:
     }
 
 
-def measure_indexing(root: Path) -> list[dict[str, Any]]:
+def measure_indexing(root: Path, kind: Records) -> dict[str, Any]:
     """Indexing with checksums against reading the same bytes once, `cat` to nowhere; warm cache, one process."""
-    rows = []
-    for kind in KINDS:
-        shards = sorted((root / kind.field / "train").glob("*.tar"))
-        size = sum(path.stat().st_size for path in shards)
-        pairs = []
-        for _ in range(REPEATS):
-            begin = time.perf_counter()
-            for path in shards:
-                build_index(path)
-            middle = time.perf_counter()
-            subprocess.run(["cat", *shards], stdout=subprocess.DEVNULL, check=True)
-            pairs.append((middle - begin, time.perf_counter() - middle))
-        rows.append(
-            {
-                "records": kind.name,
-                "bytes": size,
-                "index_seconds": [a for a, _ in pairs],
-                "cat_seconds": [b for _, b in pairs],
-                "median_share_of_cat": statistics.median(b / a for a, b in pairs),
-            }
-        )
-    return rows
+    shards = sorted((root / kind.field / "train").glob("*.tar"))
+    pairs = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        for path in shards:
+            build_index(path)
+        middle = time.perf_counter()
+        subprocess.run(["cat", *shards], stdout=subprocess.DEVNULL, check=True)
+        pairs.append((middle - begin, time.perf_counter() - middle))
+    return {
+        "records": kind.name,
+        "bytes": sum(path.stat().st_size for path in shards),
+        "index_seconds": [a for a, _ in pairs],
+        "cat_seconds": [b for _, b in pairs],
+        "median_share_of_cat": statistics.median(b / a for a, b in pairs),
+    }
 
 
 def measure_order() -> dict[str, Any]:
@@ -245,9 +252,9 @@ def measure_order() -> dict[str, Any]:
 
 def show(results: dict[str, Any]) -> None:
     table = Table(
-        "records", "workers", "ours, samples/s", "webdataset, samples/s", "ratio (median)", "least..most"
+        "records", "workers", "ours, samples/s", "webdataset, samples/s", "ratio", "least..most", "CPU ratio"
     )
-    for row in results["throughput"]:
+    for row in results.get("throughput", []):
         table.add_row(
             row["records"],
             str(row["workers"]),
@@ -255,48 +262,59 @@ def show(results: dict[str, Any]) -> None:
             f"{statistics.median(row['webdataset']):.0f}",
             f"{row['median_ratio']:.2f}",
             f"{min(row['ratios']):.2f}..{max(row['ratios']):.2f}",
+            f"{row['median_cpu_ratio']:.2f}",
         )
     console = Console(width=110)
     console.print(table)
-    resume, order = results["resume"], results["order"]
-    console.print(f"resume at 90 %: {resume['median_share']:.2%} of StatefulDataLoader's time")
-    for row in results["indexing"]:
+    if resume := results.get("resume"):
+        console.print(f"resume at 90 %: {resume['median_share']:.2%} of StatefulDataLoader's time")
+    for row in results.get("indexing", []):
         speed = row["bytes"] / statistics.median(row["index_seconds"]) / 1e6
         console.print(f"indexing {row['records']}: {speed:.0f} MB/s, {row['median_share_of_cat']:.0%} of cat")
-    console.print(
-        f"order of 1e8 samples: built in {order['build_seconds']:.2f} s, {order['peak_bytes'] / 1e6:.0f} MB, "
-        f"{order['median_batch_seconds'] * 1e6:.0f} us per batch of {BATCH}"
-    )
+    if order := results.get("order"):
+        console.print(
+            f"order of 1e8 samples: built in {order['build_seconds']:.2f} s, {order['peak_bytes'] / 1e6:.0f} MB, "
+            f"{order['median_batch_seconds'] * 1e6:.0f} us per batch of {BATCH}"
+        )
+
+
+def configuration() -> dict[str, Any]:
+    return {
+        **{name: version(name) for name in ("webdataset", "torchdata", "torch")},
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "batch": BATCH,
+        "repeats": REPEATS,
+        "records": [vars(kind) for kind in KINDS],
+    }
+
+
+def put(results: dict[str, Any], part: str, rows: list[dict[str, Any]]) -> None:
+    """Replace a kind's rows, keep the others'."""
+    names = {row["records"] for row in rows}
+    results[part] = [row for row in results.get(part, []) if row["records"] not in names] + rows
 
 
 def main() -> None:
-    """Measure, print tables, write ``benchmarks/results/stream.json``."""
+    """Measure, print tables, write ``benchmarks/results/stream.json`` after each part."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--records", choices=[kind.field for kind in KINDS], help="only this kind of records")
+    kinds = [kind for kind in KINDS if parser.parse_args().records in (None, kind.field)]
     warnings.simplefilter("ignore")
-    logging.disable(logging.INFO)
+    logging.disable(logging.WARNING)
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if results.get("configuration") != (now := json.loads(json.dumps(configuration()))):
+        results = {"configuration": now}
+    RESULTS.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for kind in KINDS:
+        for kind in kinds:
             write_shards(root / kind.field, "train", kind, shard_size=kind.shard_size, progress=False)
-        results = {
-            "configuration": {
-                "webdataset": version("webdataset"),
-                "torchdata": version("torchdata"),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "cpus": os.cpu_count(),
-                "load_at_start": os.getloadavg(),
-                "batch": BATCH,
-                "repeats": REPEATS,
-                "records": [vars(kind) for kind in KINDS],
-            },
-            "throughput": measure_throughput(root),
-            "resume": measure_resume(root),
-            "indexing": measure_indexing(root),
-            "order": measure_order(),
-        }
-        results["configuration"]["load_at_end"] = os.getloadavg()  # type: ignore[index]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            put(results, "throughput", measure_throughput(root, kind))
+            put(results, "indexing", [measure_indexing(root, kind)])
+            if kind is KINDS[0]:
+                results |= {"resume": measure_resume(root), "order": measure_order()}
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     show(results)
 
 

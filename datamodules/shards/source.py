@@ -23,14 +23,14 @@ class Source:
         shards: in manifest order.
         locate: local path of a file by name; fetches it first if the root is a URL. Picklable.
         fingerprint: identity of the shards.
-        fields: fields that every sample has.
+        manifest: what `index.json` says.
     """
 
     root: str
     shards: tuple[ShardFile, ...]
     locate: Callable[[str], Path]
     fingerprint: str
-    fields: frozenset[str]
+    manifest: Manifest
 
     @property
     def total(self) -> int:
@@ -43,11 +43,13 @@ class Source:
         Raises:
             DataError: a shard lacks one.
         """
-        if missing := [f for f in fields if f not in self.fields]:
-            raise DataError(
-                f"the samples in {self.root} lack {', '.join(missing)}, found "
-                f"{', '.join(sorted(self.fields))}: prepare the shards with these fields"
-            )
+        for shard in self.manifest.shards:
+            if missing := [f for f in fields if f not in shard.fields]:
+                raise DataError(
+                    f"samples in {self.root} lack {', '.join(missing)}, found {', '.join(shard.fields)}, first in "
+                    f"{shard.name}: prepare the shards with these fields (`python -m datamodules index ROOT --fields "
+                    f"{','.join(fields)}` names every shard)"
+                )
 
     @classmethod
     def open(
@@ -75,9 +77,7 @@ class Source:
         else:
             return None
         shards = tuple(ShardFile(s.name, s.samples, s.bytes) for s in manifest.shards)
-        fields = [frozenset(s.fields) for s in manifest.shards if s.samples]
-        common = frozenset.intersection(*fields) if fields else frozenset()
-        return cls(root, shards, locate, manifest.fingerprint, common)
+        return cls(root, shards, locate, manifest.fingerprint, manifest)
 
 
 def _local(root: str, name: str) -> Path:
