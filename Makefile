@@ -14,29 +14,28 @@ setup: .venv/.ready
 	touch $@
 
 # The demo trains every merger on the same shards, prior and steps; what is finished is not run again.
-MERGERS ?= QuickMerge NoMerge UniformPool RandomPrune TopKPrune ToMe
-STEPS ?= 600
-BACKBONE_STEPS ?= 600
-EXPERIMENT := --config configs/experiment/image.yaml --logger.wandb true
-RUNS := $(MERGERS:%=runs/demo/%/results.json)
+# Shorter, e.g.: make demo STEPS=50 BACKBONE='--trainer.max_steps 100'
+MERGERS ?= QuickMerge,NoMerge,UniformPool,RandomPrune,TopKPrune,ToMe
+COMPRESSIONS ?= 2.37
+SEEDS ?= 1
+STEPS ?= 400
+BACKBONE ?=
 
-demo: setup $(RUNS)
+demo: setup demo-image demo-text
 	$(BIN)/python train.py report runs/demo --out report
 
+demo-%: pretrained/%/config.json
+	$(BIN)/python train.py compare --config configs/experiment/$*.yaml --out runs/demo/$* --mergers "$(MERGERS)" \
+		--compressions $(COMPRESSIONS) --seeds $(SEEDS) --trainer.max_steps $(STEPS)
+
+pretrained/%/config.json: data/%/test/index.json
+	$(BIN)/python train.py fit --config configs/experiment/backbone_$*.yaml --run_dir runs/backbone_$* --fresh true $(BACKBONE)
+
 data/image/test/index.json: | setup
-	$(BIN)/python -m datamodules prepare image --source digits --out data/image
+	$(BIN)/python -m datamodules prepare image --source digits --out data/image --workers 2
 
-pretrained/image/config.json: data/image/test/index.json
-	$(BIN)/python train.py fit --config configs/experiment/backbone_image.yaml --run_dir runs/backbone_image \
-		--fresh true --trainer.max_steps $(BACKBONE_STEPS)
-
-runs/demo/%/results.json: pretrained/image/config.json
-	$(BIN)/python train.py fit $(EXPERIMENT) --run_dir runs/demo/$* --fresh true --trainer.max_steps $(STEPS) \
-		--model.merger $* $(call budget,$*)
-	$(BIN)/python train.py test $(EXPERIMENT) --run_dir runs/demo/$* --model.merger $* $(call budget,$*)
-
-# QuickMerge has a budget of its own; the rivals keep a fixed number of tokens; NoMerge keeps all.
-budget = $(if $(filter QuickMerge NoMerge,$(1)),,--model.merger.budget.class_path qm_lightning.merging.FixedBudget)
+data/text/test/index.json: | setup
+	$(BIN)/python -m datamodules prepare text --source stdlib --out data/text --workers 2
 
 lint: setup
 	$(BIN)/ruff check .

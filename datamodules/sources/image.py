@@ -17,7 +17,7 @@ from datamodules.sources.scenes import Scene, draw_scene
 from datamodules.sources.splits import SPLITS, Split
 from datamodules.sources.writing import add_common_arguments, write_splits
 
-DEFAULT_COUNTS: dict[Split, int] = {"train": 10000, "val": 500, "test": 1000}
+DEFAULT_COUNTS: dict[Split, int] = {"train": 40000, "val": 500, "test": 1000}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from datamodules.sources.text_tasks import TASKS, Lengths
 from datamodules.sources.writing import add_common_arguments, write_splits
 
 DEFAULT_COUNTS: dict[Split, int] = {"train": 20000, "val": 500, "test": 1000}
-DEFAULT_TASK = "origin"
+DEFAULT_TASK = "symbols"
 _DRAWS = 1000  # tries for a document that gives a sample
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,7 @@ from datamodules.sources.documents import Document
 
 _SHORTEST_FUNCTION = 120  # bytes; shorter ones say nothing of their name
 _MASK = b"_" * 3
+_SYMBOLS = frozenset((string.digits + string.punctuation).encode())
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,23 @@ def functions(document: Document) -> tuple[tuple[bytes, bytes], ...]:
     return tuple(found)
 
 
+def symbols(
+    document: Document, random: np.random.RandomState, lengths: Lengths
+) -> tuple[bytes, bytes] | None:
+    """A passage -> the digits and punctuation marks in it, each once, in the order of their codes.
+
+    A mark that stands in one place only is seen by a reader of the whole passage alone.
+    """
+    text = passage(document, random, lengths.context)
+    if text is None:
+        return None
+    return text, bytes(sorted(set(text) & _SYMBOLS))[: lengths.target]
+
+
 TASKS: dict[str, Task] = {
     "origin": origin,
     "function": function,
     "continuation": continuation,
+    "symbols": symbols,
     "passage": text_alone,
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     LlamaConfig,
     LlamaModel,
@@ -16,6 +18,8 @@ from transformers import (
     ViTModel,
 )
 
+_WIDE = 0.1  # standard deviation of a small ViT's fresh matrices
+
 
 def small_vit(
     image_size: int = 64,
@@ -25,7 +29,11 @@ def small_vit(
     depth: int = 3,
     heads: int = 4,
 ) -> ViTModel:
-    """Vision transformer with a class token: (image_size / patch_size)^2 patches, 0.35 M weights."""
+    """Vision transformer with a class token: (image_size / patch_size)^2 patches, 0.35 M weights.
+
+    Its positions start as sines of row and column and its matrices five times wider than the Hugging Face default:
+    so small a model then learns in 2,000 steps what it otherwise has not learned by then (docs/backbones.md).
+    """
     config = ViTConfig(
         image_size=image_size,
         patch_size=patch_size,
@@ -35,7 +43,32 @@ def small_vit(
         num_attention_heads=heads,
         intermediate_size=4 * width,
     )
-    return ViTModel(config, add_pooling_layer=False)
+    model = ViTModel(config, add_pooling_layer=False)
+    _start_wide(model)
+    _start_from_sines(model, image_size // patch_size)
+    return model
+
+
+@torch.no_grad()
+def _start_wide(model: ViTModel) -> None:
+    for weight in (p for p in model.parameters() if p.ndim == 2):
+        weight.normal_(0.0, _WIDE)
+    patches = model.embeddings.patch_embeddings.projection.weight
+    # The sum over a patch's pixels varies as much as the sum over a token's channels in the other layers.
+    patches.normal_(0.0, _WIDE * (patches.shape[0] / patches[0].numel()) ** 0.5)
+
+
+@torch.no_grad()
+def _start_from_sines(model: ViTModel, side: int) -> None:
+    """Position embeddings [1,1+side^2,width]: sine and cosine of the row, then of the column, at width / 4 rates."""
+    places = model.embeddings.position_embeddings
+    rates = places.shape[-1] // 4
+    angles = torch.arange(side)[:, None] * (math.pi / 2) / 100 ** (torch.arange(rates) / rates)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    grid = torch.cat(
+        [waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)], dim=-1
+    ).flatten(0, 1)
+    places[0, 1:, : grid.shape[-1]] = grid
 
 
 def small_llama(

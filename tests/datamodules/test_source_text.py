@@ -10,7 +10,7 @@ from datamodules.errors import DataError
 from datamodules.sources.documents import Document, split_of, stdlib_documents
 from datamodules.sources.splits import SPLITS
 from datamodules.sources.text import StdlibSamples, add_arguments, prepare
-from datamodules.sources.text_tasks import TASKS, Lengths, continuation, function, functions, origin, passage
+from datamodules.sources.text_tasks import TASKS, Lengths, continuation, function, functions, origin, passage, symbols
 
 LENGTHS = Lengths(64, 16)
 
@@ -77,6 +77,16 @@ def test_a_passage_is_a_run_of_the_document(tmp_path: Path) -> None:
     got = {passage(d, np.random.RandomState(i), 98) for i in range(40)}
     assert got == {text[i : i + 98].encode() for i in range(3)}
     assert passage(d, np.random.RandomState(0), 101) is None
+
+
+def test_symbols_by_hand(tmp_path: Path) -> None:
+    text = b"if a[1] == {0: 'b1'}:\n"
+    (tmp_path / "m.py").write_bytes(text)
+    d = Document("m.py", tmp_path / "m.py", len(text))
+    random = np.random.RandomState(0)
+    assert symbols(d, random, Lengths(len(text), 32)) == (text, b"'01:=[]{}")
+    assert symbols(d, random, Lengths(len(text), 3)) == (text, b"'01")
+    assert symbols(d, random, Lengths(len(text) + 1, 3)) is None
 
 
 def test_origin_and_continuation_by_hand(tmp_path: Path) -> None:
