@@ -65,9 +65,9 @@ def _start_from_sines(model: ViTModel, side: int) -> None:
     rates = places.shape[-1] // 4
     angles = torch.arange(side)[:, None] * (math.pi / 2) / 100 ** (torch.arange(rates) / rates)
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-    grid = torch.cat(
-        [waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)], dim=-1
-    ).flatten(0, 1)
+    grid = torch.cat([waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)], dim=-1).flatten(
+        0, 1
+    )
     places[0, 1:, : grid.shape[-1]] = grid
 
 

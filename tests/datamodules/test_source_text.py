@@ -10,7 +10,16 @@ from datamodules.errors import DataError
 from datamodules.sources.documents import Document, split_of, stdlib_documents
 from datamodules.sources.splits import SPLITS
 from datamodules.sources.text import StdlibSamples, add_arguments, prepare
-from datamodules.sources.text_tasks import TASKS, Lengths, continuation, function, functions, origin, passage, symbols
+from datamodules.sources.text_tasks import (
+    TASKS,
+    Lengths,
+    continuation,
+    function,
+    functions,
+    origin,
+    passage,
+    symbols,
+)
 
 LENGTHS = Lengths(64, 16)
 
