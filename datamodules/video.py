@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import Any, ClassVar
 
 import numpy as np
@@ -95,7 +96,7 @@ class VideoDataModule(ShardDataModule):
 
     def decode(self, fields: dict[str, bytes], key: str, seed: int) -> dict[str, Any]:
         """A window that starts anywhere: `pixels` uint8 [F,C,H,W], `targets` long [T], `patch_labels` long [N]."""
-        return self._decode(fields, np.random.RandomState(seed % 2**32).random_sample(), seed)
+        return self._decode(fields, Random(seed).random(), seed)
 
     def decode_middle(self, fields: dict[str, bytes], key: str, seed: int) -> dict[str, Any]:
         """The window in the middle of the clip; the same keys as `decode`."""
@@ -104,7 +105,7 @@ class VideoDataModule(ShardDataModule):
     def _decode(self, fields: dict[str, bytes], place: float, seed: int) -> dict[str, Any]:
         clip = open_clip(fields)
         chosen = self._window(len(clip), place)
-        pixels = torch.stack([self.pixels.pixels(frame) for frame in clip.read(chosen)])
+        pixels = self.pixels.frames(clip.read(chosen))
         sample: dict[str, Any] = {"pixels": pixels, "targets": self._labels.read(fields, seed)}
         if PATCHES_FIELD in fields:
             labels = np.asarray(decode_field(PATCHES_FIELD, fields[PATCHES_FIELD]), dtype=np.int64)

@@ -65,10 +65,21 @@ class PixelTransform:
         values = values[None] if self.channels == 1 else values.permute(2, 0, 1)
         return values.contiguous() if self.crop is None else _centre(values, *self.crop)
 
+    def frames(self, pictures: NDArray[np.uint8]) -> Tensor:
+        """Resize and crop the frames of a clip; uint8 [F,h,w,3] -> uint8 [F,C,H,W], as `pixels` does each."""
+        count, height, width, _ = pictures.shape
+        if self.crop is not None or self._target(height, width) != (height, width):
+            return torch.stack([self.pixels(picture) for picture in pictures])
+        if self.channels == 3:
+            return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+        # One tall picture: a call of Pillow costs more than the pixels of a small frame.
+        grey = Image.fromarray(pictures.reshape(count * height, width, 3)).convert("L")
+        return torch.from_numpy(np.array(grey)).view(count, 1, height, width)
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """Scale 8-bit pixels to what the backbone takes; uint8 [...,C,H,W] -> float32 [...,C,H,W]."""
         mean, std = self._per_channel()
-        return (pixels.float() * self.rescale - mean) / std
+        return pixels.float().mul_(self.rescale).sub_(mean).div_(std)
 
     def picture(self, values: Tensor) -> NDArray[np.float32]:
         """Undo `normalise` for one picture: float [C,H,W] -> [H,W] or [H,W,3] in [0,1]."""

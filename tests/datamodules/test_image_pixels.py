@@ -148,3 +148,13 @@ def test_sizes_by_hand_are_checked(size: Any) -> None:
         pixel_transform(None, size, 0.5, 0.5, 3, False)
     with pytest.raises(DataError, match="channels is 4"):
         PixelTransform(4, None)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [None, (16, 24), (9, 11)])
+def test_frames_of_a_clip_are_prepared_like_pictures(size: tuple[int, int] | None, channels: int) -> None:
+    pictures = np.random.RandomState(0).randint(0, 256, (3, 16, 24, 3), np.uint8)
+    transform = PixelTransform(channels, size)
+    frames = transform.frames(pictures)
+    assert torch.equal(frames, torch.stack([transform.pixels(p) for p in pictures]))
+    assert frames.is_contiguous()
