@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-all setup lint type format clean
+.PHONY: demo demo-all test test-all setup lint type format clean
 .SECONDARY:
 
 setup: .venv/.ready
@@ -36,6 +36,41 @@ data/image/test/index.json: | setup
 
 data/text/test/index.json: | setup
 	$(BIN)/python -m datamodules prepare text --source stdlib --out data/text --workers 2
+
+# Every other shipped experiment for real, each with its report; what is finished is not run again.
+# About an hour on two cores; STEPS and BACKBONE_STEPS shorten it.
+EXPERIMENTS ?= video paired nxtp text_streaming mixture
+
+demo-all: demo $(EXPERIMENTS:%=report/%/index.html)
+	@echo "reports: report/index.html $(EXPERIMENTS:%=report/%/index.html)"
+
+data/video/test/index.json data/paired/test/index.json: data/%/test/index.json: | setup
+	$(BIN)/python -m datamodules prepare $* --source digits --out data/$*
+
+data/text/test/index.json: | setup
+	$(BIN)/python -m datamodules prepare text --source stdlib --task origin --out data/text
+
+data/text_streaming/test/index.json: | setup
+	$(BIN)/python -m datamodules prepare text --source stdlib --task passage --out data/text_streaming
+
+pretrained/video/config.json: data/video/test/index.json
+pretrained/text_streaming/config.json: data/text_streaming/test/index.json
+pretrained/video/config.json pretrained/text_streaming/config.json: pretrained/%/config.json:
+	$(BIN)/python train.py fit --config configs/experiment/backbone_$*.yaml --run_dir runs/backbone_$* \
+		--fresh true --trainer.max_steps $(BACKBONE_STEPS)
+
+report/video/index.html: pretrained/video/config.json
+report/paired/index.html: pretrained/image/config.json data/paired/test/index.json
+report/nxtp/index.html: pretrained/image/config.json
+report/text_streaming/index.html: pretrained/text_streaming/config.json
+report/mixture/index.html: pretrained/image/config.json pretrained/video/config.json \
+	pretrained/text_streaming/config.json data/paired/test/index.json data/text/test/index.json
+
+$(EXPERIMENTS:%=report/%/index.html): report/%/index.html:
+	$(BIN)/python train.py fit --config configs/experiment/$*.yaml --run_dir runs/all/$* --fresh true \
+		--trainer.max_steps $(STEPS)
+	$(BIN)/python train.py test --config configs/experiment/$*.yaml --run_dir runs/all/$*
+	$(BIN)/python train.py report runs/all/$* --out report/$*
 
 lint: setup
 	$(BIN)/ruff check .

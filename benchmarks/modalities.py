@@ -51,7 +51,7 @@ Loader = Iterable[dict[str, Any]]
 
 def prepare(root: Path) -> None:
     for name, source in (("image", image), ("video", video), ("paired", paired)):
-        source.prepare("digits", root / name, train=SAMPLES[name], val=0, test=0, shard_size=200)  # type: ignore[attr-defined]
+        source.prepare("digits", root / name, train=SAMPLES[name], val=0, test=0, shard_size=200)
     text.prepare("stdlib", root / "text", train=SAMPLES["text"], val=0, test=0, shard_size=200)
 
 
@@ -160,11 +160,11 @@ def against_webdataset(root: Path, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def mixture_against_parts(root: Path, repeats: int, cycles: int = 4) -> dict[str, Any]:
+def mixture_against_parts(root: Path, repeats: int, cycles: int = 6) -> dict[str, Any]:
     """One mixture's batches against the same numbers of batches from each part alone, in the same process."""
     mixture = MixtureDataModule(dict(parts(root)), dict(WEIGHTS))
     cycle = len(mixture.turns)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for _ in range(repeats):
         alone = {}
         for name, part in parts(root).items():

@@ -121,3 +121,10 @@ def test_the_mixture(here: Path) -> None:
 def test_mistakes_of_a_mixture_are_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("fit", "mixture", "--data.root", "elsewhere", "--run_dir", "runs/wrong") == 2
     assert "elsewhere/data/image/train" in capsys.readouterr().err
+
+
+def test_demo_all_runs_every_shipped_experiment() -> None:
+    recipe = (CONFIGS.parents[1] / "Makefile").read_text()
+    listed = next(line for line in recipe.splitlines() if line.startswith("EXPERIMENTS ?=")).split()[2:]
+    shipped = {path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("backbone_")}
+    assert shipped - {"image"} == set(listed)  # `demo` runs image
