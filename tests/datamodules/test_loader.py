@@ -23,6 +23,7 @@ from datamodules.shards.loader import StreamLoader
 from datamodules.shards.order import OrderSettings
 from datamodules.shards.source import Source
 from datamodules.shards.stream import StreamSpec
+from datamodules.shards.writer import write_shards
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,23 @@ def test_order_settings_of_the_checkpoint_hold_until_the_epoch_ends(root: Path) 
     fresh.set_epoch(1)
     assert [ids(b) for b in new] == [ids(b) for b in fresh]
     assert new.state_dict()["order"]["seed"] == 2
+
+
+def test_buckets_spare_padding(tmp_path: Path) -> None:
+    """Lengths come from the index of real shards; each sample still comes once, on any number of ranks."""
+    sizes = [int(2 ** random.Random(i).uniform(6, 13)) for i in range(200)]
+    samples = [
+        {"__key__": f"k{i:03d}".encode(), "txt": str(i).encode().ljust(n)} for i, n in enumerate(sizes)
+    ]
+    write_shards(tmp_path, "train", samples, shard_size=30, progress=False)
+
+    def padding(bucket: int) -> float:
+        ranks = [loader(tmp_path, 5, rank, 2, unit=5, bucket=bucket, window=0) for rank in range(2)]
+        batches = [ids(batch) for rank in ranks for batch in rank]
+        assert sorted(i for batch in batches for i in batch) == list(range(200))
+        return sum(5 * max(sizes[i] for i in batch) for batch in batches) / sum(sizes) - 1
+
+    assert padding(bucket=50) < 0.35 * padding(bucket=0)
 
 
 def test_state_of_other_shards_or_versions(root: Path) -> None:
