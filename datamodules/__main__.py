@@ -10,6 +10,7 @@ from typing import Any
 
 from datamodules.errors import DataError
 from datamodules.shards.checking import index_folder, shard_folders, verify_folder
+from datamodules.shards.linking import link_splits
 
 MODALITIES = ("text", "image", "video", "paired")
 SHIPPED = ("digits", "stdlib")  # names of sources that ship; everything else is a path
@@ -21,6 +22,10 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     index = verbs.add_parser("index", help="index shards from anywhere, and verify them")
     index.add_argument("root", type=Path)
     index.add_argument("--exclude-bad", action="store_true", help="leave damaged shards out, on record")
+    index.add_argument(
+        "--split", action="append", default=[], metavar="SPLIT=PATTERN",
+        help="make a split of one folder's shards, such as train='part-000[0-8]*.tar'; may be repeated",
+    )  # fmt: skip
     index.add_argument("--fields", default="", help="fields that every sample must have, such as jpg,txt")
     verify = verbs.add_parser("verify", help="check shards against their index")
     verify.add_argument("root", type=Path)
@@ -74,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
             modality, source, out = options.pop("modality"), options.pop("source"), options.pop("out")
             _source(modality, source).prepare(source, out, **options)
             return 0
-        folders, workers = shard_folders(options["root"]), options["workers"]
+        root, splits = options["root"], options.get("split")
+        folders = link_splits(root, splits) if splits else shard_folders(root)
+        workers = options["workers"]
         if verb == "index":
             fields = [field for field in options["fields"].split(",") if field]
             for folder in folders:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from datamodules.errors import DataError
+from datamodules.processing.members import MemberDecode, stored_name
 from datamodules.resumable import ResumableDataModule
 from datamodules.shards.faults import FaultPolicy, OnError
 from datamodules.shards.geometry import Geometry, Tail
@@ -43,7 +44,9 @@ class ShardDataModule(ResumableDataModule[StreamLoader]):
         shuffle: shuffle the training split.
         tail: what to do with the last, partial global batch of training: `pad` | `drop` | `carry`. Evaluation
             pads.
-        on_error: bad samples in training: `raise` | `skip` (masked, up to the budget). Evaluation raises.
+        on_error: bad samples in training: `skip` (masked, named in the log and counted, up to the budget) |
+            `raise`.
+        on_error_eval: the same in validation, test and prediction.
         max_bad: budget of `skip` per epoch, over all ranks.
         max_bad_share: the same as a share of the epoch; the smaller limit holds.
         window: samples shuffled among each other; 0 = full shuffle.
@@ -57,6 +60,8 @@ class ShardDataModule(ResumableDataModule[StreamLoader]):
         predict_split: split that `predict` reads.
         cache_dir: where shards of a URL are kept on this machine.
         cache_bytes: size limit of that directory.
+        rename: for shards from elsewhere: their members' names by the names that are asked for here, such as
+            `{"jpg": "image.jpg", "txt": "caption.txt"}`. Members that end in `.gz` are unpacked by themselves.
     """
 
     modality: ClassVar[str]
@@ -76,7 +81,8 @@ class ShardDataModule(ResumableDataModule[StreamLoader]):
         seed: int = 0,
         shuffle: bool = True,
         tail: Tail = "pad",
-        on_error: OnError = "raise",
+        on_error: OnError = "skip",
+        on_error_eval: OnError = "raise",
         max_bad: int = 100,
         max_bad_share: float = 0.01,
         window: int = 16384,
@@ -90,11 +96,14 @@ class ShardDataModule(ResumableDataModule[StreamLoader]):
         predict_split: Split = "test",
         cache_dir: str | Path | None = None,
         cache_bytes: int | None = None,
+        rename: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.root, self.batch_size, self.seed = str(root), batch_size, seed
         self.predict_split = predict_split
         self._tail, self._policy = tail, FaultPolicy(on_error, max_bad, max_bad_share)
+        self._eval_policy = FaultPolicy(on_error_eval, max_bad, max_bad_share)
+        self._rename = dict(rename or {})
         order = OrderSettings(
             seed=seed,
             shuffle=shuffle,
@@ -211,14 +220,14 @@ class ShardDataModule(ResumableDataModule[StreamLoader]):
             locate=source.locate,
             settings=order,
             geometry=Geometry(source.total, self.batch_size, rank, world, train_tail or "pad"),
-            decode=self.decoder(training),
+            decode=MemberDecode(self.decoder(training), self._rename),
             collate=self._collate,
         )
         return StreamLoader(
             spec,
             source.fingerprint,
             **self._workers,
-            policy=self._policy if training else FaultPolicy(),
+            policy=self._policy if training else self._eval_policy,
             training=training,
             agree=self._agree if world > 1 and dist.is_initialized() else None,
         )
@@ -231,7 +240,7 @@ class ShardDataModule(ResumableDataModule[StreamLoader]):
         if split not in self._sources:
             source = Source.open(f"{self.root.rstrip('/')}/{split}", *self._cache)
             if source is not None:
-                source.require(self.required_fields)
+                source.require([stored_name(f, self._rename, source.fields) for f in self.required_fields])
             self._sources[split] = source
         return self._sources[split]
 

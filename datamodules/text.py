@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datamodules.base import ShardDataModule
 from datamodules.errors import DataError
-from datamodules.processing.context import text_reader
+from datamodules.processing.context import checked_text, text_reader
 from datamodules.processing.fields import member
 from datamodules.processing.targets import PADDING, ByteTargets, pad_targets
 from datamodules.shards.stream import Batch
@@ -73,6 +73,7 @@ class TextDataModule(ShardDataModule):
         if self._text_alone:
             return {"context": self.reader.prepare(fields[CONTEXT_FIELD])}
         target = member(fields, TARGET_FIELD, "another task for `prepare text`")
+        checked_text(target)
         context = self.reader.prepare(fields[CONTEXT_FIELD])
         return {"context": context, "targets": self._vocabulary.encode(target)}
 

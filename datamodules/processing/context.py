@@ -60,7 +60,12 @@ def text_reader(tokenizer: str, length: int, download: bool) -> TextReader:
     return ByteReader(length) if tokenizer == BYTES else TokenizerReader(tokenizer, length, download)
 
 
-def _text(text: bytes) -> str:
+def checked_text(text: bytes) -> str:
+    """A stored text.
+
+    Raises:
+        DataError: it is empty or not UTF-8.
+    """
     if not text:
         raise DataError("the text is empty, expected at least one character")
     try:
@@ -83,7 +88,7 @@ class ByteReader:
 
     def prepare(self, text: bytes) -> Tensor:
         """Ids of one text, uint8 [N]."""
-        _text(text)
+        checked_text(text)
         return torch.from_numpy(np.frombuffer(text[-self._length :], np.uint8).copy())
 
     def batch(self, texts: list[Tensor]) -> dict[str, Tensor]:
@@ -123,7 +128,7 @@ class TokenizerReader:
 
     def prepare(self, text: bytes) -> str:
         """One text, decoded."""
-        return _text(text)
+        return checked_text(text)
 
     def batch(self, texts: list[str]) -> dict[str, Tensor]:
         """Ids and mask, as the tokenizer gives them."""

@@ -55,7 +55,7 @@ def decode_field(name: str, data: bytes, limits: Limits | None = None) -> Any:
     limits = limits or Limits()
     parts = name.lower().split(".")
     if parts[-1] == "gz" and len(parts) > 1:
-        data, parts = _gunzip(name, data, limits), parts[:-1]
+        data, parts = unpack(name, data, limits), parts[:-1]
     extension = parts[-1]
     if extension in _REFUSED:
         raise DataError(
@@ -133,7 +133,13 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _gunzip(name: str, data: bytes, limits: Limits) -> bytes:
+def unpack(name: str, data: bytes, limits: Limits | None = None) -> bytes:
+    """Unpack a `.gz` field.
+
+    Raises:
+        DataError: it is damaged, or unpacks to more than the limit.
+    """
+    limits = limits or Limits()
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
             out = packed.read(limits.bytes + 1)

@@ -68,3 +68,9 @@ class FaultPolicy:
             f"{bad} bad samples in this epoch, allowed are {self.allowed(total)} (max_bad={self.max_bad}, "
             f"max_bad_share={self.max_bad_share}){example}; mend the shards or raise the budget"
         )
+
+    def summary(self, bad: int, total: int) -> str:
+        """What a pass says at its end if bad samples were skipped."""
+        return (
+            f"{bad} of {total} samples of this epoch were bad and skipped; allowed are {self.allowed(total)}"
+        )

@@ -266,6 +266,8 @@ class StreamLoader:
         try:
             batch = next(batches)
         except StopIteration:
+            if self._bad:
+                log.warning("%s", self.policy.summary(self._bad, self.total))
             return None
         except Exception as error:  # a dead worker, a bug in collate: the other ranks must hear of it
             problem = error
