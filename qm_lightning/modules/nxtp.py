@@ -85,13 +85,10 @@ class NXTPModule(QuickMergeModule):
         self.labels: LabelPrior = self.prior
         self.decoding = decoding or LabelDecoding()
         self.scores = LabelScores(encoder, self.decoding.top_k)
-        if start_from is not None:
-            weights = read_checkpoint(start_from)["state_dict"]
-            state = {k.removeprefix(_PRIOR): v for k, v in weights.items() if k.startswith(_PRIOR)}
-            self.prior.load_state_dict(keep_first_blocks(state, self.prior))
+        self.start_from = start_from
 
     def setup(self, stage: str) -> None:
-        """See that the data gives label sets.
+        """See that the data gives label sets, and take the weights to start from; a checkpoint that is resumed follows.
 
         Raises:
             UserError: its targets are one text per sample, or are separated by another token.
@@ -107,6 +104,10 @@ class NXTPModule(QuickMergeModule):
                 f"the data closes labels with token {self.eos_id} and the prior with {self.labels.sep_id}; "
                 "expected the same; leave prior.sep_id out"
             )
+        if stage == "fit" and self.start_from is not None:
+            weights = read_checkpoint(self.start_from)["state_dict"]
+            state = {k.removeprefix(_PRIOR): v for k, v in weights.items() if k.startswith(_PRIOR)}
+            self.prior.load_state_dict(keep_first_blocks(state, self.prior))
 
     def _losses(
         self, tokens: Tokens, merged: MergedTokens, output: PriorOutput, batch: dict[str, Any]
