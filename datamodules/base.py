@@ -240,7 +240,8 @@ class ShardDataModule(ResumableDataModule[StreamLoader]):
         if split not in self._sources:
             source = Source.open(f"{self.root.rstrip('/')}/{split}", *self._cache)
             if source is not None:
-                source.require([stored_name(f, self._rename, source.fields) for f in self.required_fields])
+                stored = frozenset.intersection(*(frozenset(s.fields) for s in source.manifest.shards))
+                source.require([stored_name(f, self._rename, stored) for f in self.required_fields])
             self._sources[split] = source
         return self._sources[split]
 
