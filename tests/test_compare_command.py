@@ -63,23 +63,22 @@ def test_one_cell_fails_the_others_finish_and_are_not_run_again(
 ) -> None:
     monkeypatch.chdir(work)
     # No float32 holds this mass, which only the first batch shows.
-    assert compare(work, "NoMerge,QuickMerge(eps=1e300),ToMe") == 1
+    assert compare(work, "NoMerge,QuickMerge(eps=1e300),InBackbone(merger=ToMe)") == 1
     printed = capsys.readouterr().out
     assert "QuickMerge(eps=1e300) 2.37x seed 0: exit code 1" in printed
     assert "without overflow" in printed
     assert "1 of 3 cells failed; the same command tries them again" in printed
     found = {row["method"]: row for row in rows(work)}
-    assert set(found) == {"NoMerge", "ToMe"}
+    assert set(found) == {"NoMerge", "InBackbone(merger=ToMe)"}
     assert float(found["NoMerge"]["tokens/kept_mean"]) == 64
-    assert float(found["ToMe"]["tokens/kept_mean"]) == 27
+    assert float(found["InBackbone(merger=ToMe)"]["tokens/kept_mean"]) == 27
     assert all(0 < float(row["quality/nats"]) < 10 for row in found.values())
     assert (work / "out/report/index.html").stat().st_size > 10_000
-    pictures = sorted((work / "out/ToMe-2.37x-seed0/report/examples").glob("test-*.png"))
-    assert len(pictures) == 4
+    (cell,) = (work / "out").glob("InBackbone*")
+    assert len(list(cell.glob("report/examples/test-*.png"))) == 4
 
     # The figures are those of a test of its own.
-    cell = work / "out/ToMe-2.37x-seed0"
-    (command,) = [line for line in (cell / "log.txt").read_text().splitlines() if line.startswith("$ ")]
+    (command,) = [line for line in (cell / "log.txt").read_text().splitlines() if line.startswith("$ python")]
     before = json.loads((cell / "results.json").read_text())
     options = shell_words(command)[3:]
     options[0] = "test"
@@ -89,7 +88,7 @@ def test_one_cell_fails_the_others_finish_and_are_not_run_again(
     assert after["metrics"] == pytest.approx(before["metrics"])
     capsys.readouterr()
 
-    assert compare(work, "NoMerge,ToMe") == 0
+    assert compare(work, "NoMerge,InBackbone(merger=ToMe)") == 0
     assert "2 cells: 2 finished, 0 to run" in capsys.readouterr().out
 
 
@@ -97,3 +96,27 @@ def shell_words(command: str) -> list[str]:
     import shlex
 
     return shlex.split(command.removeprefix("$ "), comments=True)
+
+
+@pytest.mark.parametrize(
+    ("mergers", "further", "message"),
+    [
+        ("ToMe,EViT", [], "'EViT' at 2.37x: EViT goes by the attention that each token receives"),
+        ("ToMe", ["--compressions", "2,100"], "'ToMe' at 100x: compression=100 was asked of samples of 64"),
+        ("ToMe", ["--model.backbone.name_or_path", "nowhere/at/all"], "does not exist"),
+        ("InBackbone(merger=NoMerge)", [], "expected a merger with a budget"),
+        ("InBackbone(merger=EViT)", ["--compressions", "65"], "compression=65 was asked of samples of 64"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_runs(
+    mergers: str,
+    further: list[str],
+    message: str,
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(work)
+    assert compare(work, mergers, *further, "--out", str(work / "never")) == 2
+    assert message in capsys.readouterr().err
+    assert not (work / "never").exists()

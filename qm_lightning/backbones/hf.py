@@ -15,6 +15,7 @@ from qm_lightning.backbones.layout import (
     choose_layers,
     find_max_tokens,
     find_modality,
+    find_sample_tokens,
     grid_positions,
     patch_grid,
 )
@@ -47,6 +48,7 @@ class HFBackbone(nn.Module):
         causal: whether token i sees tokens 0..i only.
         modality: ``text``, ``image`` or ``video``.
         max_tokens: longest text, ``None`` = no limit.
+        sample_tokens: most tokens of a text, picture or clip, ``None`` = no limit.
         attention_heads: heads per layer.
         edge_ids: ids of the tokens that begin and end a text, where ``special_tokens`` protects them.
         config: the encoder's Hugging Face config.
@@ -80,6 +82,7 @@ class HFBackbone(nn.Module):
         self.attention_heads = int(self.config.num_attention_heads)
         self.modality: Modality = find_modality(self.model)
         self.max_tokens = find_max_tokens(self.model)
+        self.sample_tokens = find_sample_tokens(self.model)
         self.layers = choose_layers(layers, int(self.config.num_hidden_layers))
         self._watched = {m: i for m, i in attention_modules(self.model).items() if i in self.layers}
         self.causal = any(bool(module.is_causal) for module in self._watched)

@@ -18,7 +18,7 @@ from qm_lightning.backbones.layout import attention_modules, grid_positions, pat
 from qm_lightning.backbones.recording import recording
 from qm_lightning.errors import UserError
 from qm_lightning.merging import Budget, BudgetMerger, DynamicViT, Merger, Schedule
-from qm_lightning.merging.base import Causality
+from qm_lightning.merging.base import Causality, require_reach
 from qm_lightning.merging.noise import Noise
 from qm_lightning.tokens import MergedTokens, Tokens
 
@@ -77,10 +77,10 @@ class InBackbone(Merger):
         """Make the mergers of all places.
 
         Raises:
-            UserError: the backbone does not let tokens be removed between its layers.
+            UserError: the backbone does not let tokens be removed between its layers, or not so many.
         """
-        layers = reducible_layers(backbone)
-        self.places = self.schedule.places(len(layers))
+        self.places = self.schedule.places(len(reducible_layers(backbone)))
+        require_reach(self.budget, backbone)
         first = self.stages[0]
         if isinstance(first, Merger):
             first.build(backbone.hidden_size, 1)

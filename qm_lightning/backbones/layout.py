@@ -79,6 +79,19 @@ def find_max_tokens(model: PreTrainedModel) -> int | None:
     return int(limit)
 
 
+def find_sample_tokens(model: PreTrainedModel) -> int | None:
+    """Most tokens of a sample, special ones apart; ``None``: a sample may have any number."""
+    config = model.config
+    size = getattr(config, "image_size", None)
+    if find_modality(model) == "text":
+        return find_max_tokens(model)
+    if size is None or config.model_type in _ANY_SIZE:
+        return None
+    tube, patch_height, patch_width = _patch(config)
+    height, width = _pair(size)
+    return (getattr(config, "num_frames", tube) // tube) * (height // patch_height) * (width // patch_width)
+
+
 def patch_grid(config: PretrainedConfig, pixel_values: Tensor) -> tuple[int, ...]:
     """Patches of a picture (rows, columns) or of a clip (tubelets, rows, columns).
 

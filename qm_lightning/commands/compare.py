@@ -87,11 +87,12 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from qm_lightning.comparing.cells import make_cells
-    from qm_lightning.comparing.plan import common_parts, make_plans, resolve
+    from qm_lightning.comparing.plan import check_backbone, common_parts, make_plans, resolve
 
     files = [item for path in options.config for item in ("--config", path)]
     config = resolve([*files, *overrides])
     plans = make_plans(specs, compressions, config)
+    check_backbone(plans, config)
     out = options.out or Path("runs") / "compare" / config["name"]
     cells = make_cells(plans, options.seeds, [*files, *QUIET, *overrides], out, common_parts(config))
     console = Console()

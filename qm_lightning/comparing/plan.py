@@ -14,6 +14,7 @@ from typing import Any
 import jsonargparse
 
 from qm_lightning import merging
+from qm_lightning.backbones import HFBackbone, InBackbone
 from qm_lightning.commands.train import Parser, QuickMergeCLI, share_processor
 from qm_lightning.comparing.specs import MergerSpec
 from qm_lightning.errors import UserError
@@ -34,6 +35,7 @@ class Plan:
         options: command-line options that set merger and compression.
         merger: the merger's resolved configuration.
         seeded: the merger takes a seed.
+        built: the merger itself, for checks.
     """
 
     spec: MergerSpec
@@ -41,6 +43,7 @@ class Plan:
     options: tuple[str, ...]
     merger: dict[str, Any]
     seeded: bool
+    built: Merger
 
 
 class _ConfigurationOnly(QuickMergeCLI):
@@ -83,6 +86,7 @@ def resolve(options: Sequence[str]) -> dict[str, Any]:
 def known_mergers() -> list[str]:
     """Class names that ``--mergers`` takes."""
     classes = {name: getattr(merging, name) for name in merging.__all__}
+    classes["InBackbone"] = InBackbone
     return sorted(
         name
         for name, item in classes.items()
@@ -118,8 +122,13 @@ def make_plans(
     return plans
 
 
+def _merger_class(name: str) -> type[Merger]:
+    kind: type[Merger] = InBackbone if name == "InBackbone" else getattr(merging, name)
+    return kind
+
+
 def _parameters(name: str) -> list[str]:
-    return list(inspect.signature(getattr(merging, name)).parameters)
+    return list(inspect.signature(_merger_class(name)).parameters)
 
 
 def _settings(spec: MergerSpec, budget: str | None, compression: float | None) -> list[str]:
@@ -174,11 +183,34 @@ def _budget(spec: MergerSpec, base: dict[str, Any]) -> str | None:
 
 
 def _plan(spec: MergerSpec, compression: float | None, budget: str | None, base: dict[str, Any]) -> Plan:
-    merger, _ = _build(spec, budget, compression, base)
+    merger, built = _build(spec, budget, compression, base)
     # Every argument is written out, so nothing of the configured merger remains.
     text = json.dumps(merger)
     options, merger = (f"--{MERGER}", text), json.loads(text)
-    return Plan(spec, compression, options, merger, "seed" in _parameters(spec.name))
+    return Plan(spec, compression, options, merger, "seed" in _parameters(spec.name), built)
+
+
+def check_backbone(plans: Sequence[Plan], base: dict[str, Any]) -> None:
+    """Show the backbone to every merger, as a training does at its start.
+
+    Args:
+        plans: of all cells.
+        base: the resolved configuration.
+
+    Raises:
+        UserError: the backbone is missing, or does not give what a merger reads, or the merger cannot reach
+            its compression on it.
+    """
+    parser = Parser(prog="--model.backbone", exit_on_error=False)
+    parser.add_subclass_arguments(HFBackbone, "backbone")
+    config = parser.parse_object({"backbone": base["model"]["init_args"]["backbone"]})
+    backbone = parser.instantiate(config)["backbone"]
+    for plan in plans:
+        try:
+            plan.built.prepare(backbone)
+        except UserError as error:
+            at = "" if plan.compression is None else f" at {plan.compression:g}x"
+            raise UserError(f"--mergers has {plan.spec.label!r}{at}: {error}") from error
 
 
 def common_parts(base: dict[str, Any]) -> dict[str, Any]:

@@ -92,6 +92,11 @@ class BudgetMerger(Merger):
         super().__init__()
         self.budget = FixedBudget() if budget is None else budget
 
+    def prepare(self, backbone: Any) -> None:
+        """As for every merger; refuses a compression that the backbone's samples cannot reach."""
+        require_reach(self.budget, backbone)
+        super().prepare(backbone)
+
     def counts(self, tokens: Tokens, salience: Tensor | None = None) -> Tensor:
         """Tokens left: as ``Tokens.keep`` says, or else :func:`wanted_counts`, [B] long."""
         return wanted_counts(self.budget, tokens, salience) if tokens.keep is None else tokens.keep.counts
@@ -129,6 +134,25 @@ def wanted_counts(budget: Budget, tokens: Tokens, salience: Tensor | None = None
         return counts
     protected = (tokens.protected & tokens.mask).sum(1)
     return counts.maximum((protected + 1).minimum(tokens.counts))
+
+
+def require_reach(budget: Budget, backbone: Any) -> None:
+    """Refuse a compression of more tokens than a sample has.
+
+    Args:
+        budget: of the merger; one without ``compression`` reaches what it reaches.
+        backbone: its ``sample_tokens``, where it has them, is the most that a sample can have.
+
+    Raises:
+        UserError: names both numbers.
+    """
+    tokens = getattr(backbone, "sample_tokens", None)
+    compression = getattr(budget, "compression", 1.0)
+    if tokens is not None and compression > tokens:
+        raise UserError(
+            f"compression={compression:g} was asked of samples of {tokens} tokens, of which one at least is "
+            f"left; expected at most {tokens}; lower the compression, or choose a backbone of smaller patches"
+        )
 
 
 def require_tokens(mask: Tensor) -> None:

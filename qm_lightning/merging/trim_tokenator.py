@@ -31,6 +31,7 @@ class TrimTokenator(BudgetMerger):
         dist: distance between a token and the text's tokens: ``l1``, ``l2`` or ``l2sq`` (squared).
         first_share: share of the tokens that the first stage leaves (never fewer than K).
         normalize: compare vectors of length 1 in the first stage.
+        require_text: refuse samples without text instead of skipping the first stage.
     """
 
     causality: ClassVar[Causality] = "ordered"
@@ -41,6 +42,7 @@ class TrimTokenator(BudgetMerger):
         dist: Distance = "l2sq",
         first_share: float = 0.8,
         normalize: bool = False,
+        require_text: bool = False,
     ) -> None:
         super().__init__(budget)
         if dist not in ("l1", "l2", "l2sq"):
@@ -48,6 +50,7 @@ class TrimTokenator(BudgetMerger):
         if not 0.0 < first_share <= 1.0:
             raise UserError(f"TrimTokenator(first_share={first_share}): expected a share in (0, 1]")
         self.dist, self.first_share, self.normalize = dist, first_share, normalize
+        self.require_text = require_text
 
     def forward(self, tokens: Tokens) -> MergedTokens:
         """The chosen tokens, in order."""
@@ -65,6 +68,11 @@ class TrimTokenator(BudgetMerger):
     def _first_stage(self, tokens: Tokens, free: Tensor, wanted: Tensor) -> Tensor:
         text = tokens.context
         if text is None:
+            if self.require_text:
+                raise UserError(
+                    "TrimTokenator(require_text=True) got samples without text; expected Tokens.context, the "
+                    "text that belongs to a picture; use paired data, or leave require_text out"
+                )
             return free
         if text.values.shape[-1] != tokens.values.shape[-1]:
             raise UserError(
