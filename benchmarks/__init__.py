@@ -1,0 +1,1 @@
+"""Performance claims, each as ratios against a rival in the same run: `python -m benchmarks NAME`."""
