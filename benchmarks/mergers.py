@@ -93,13 +93,14 @@ def measure(sizes: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     for n in sizes:
         tokens = make_tokens(n)
         keep = round(n / COMPRESSION)
+        keys = tokens.values if tokens.metric is None else tokens.metric
         score = torch.rand(BATCH, n, generator=torch.Generator().manual_seed(1))
         for name, make, restated, _ in CASES:
             merger = make().eval()
             slow = name in ("SCOPE", "TrimTokenator")
             functions: list[Callable[[], object]] = [tokens.values.clone, partial(merger, tokens)]
             if restated is not None and (name != "SCOPE" or n <= NAIVE_LIMIT):
-                functions.append(partial(restated, tokens.values, tokens.metric, score, keep))
+                functions.append(partial(restated, tokens.values, keys, score, keep))
             times = least_times(functions, max(1, repeats // 3) if slow else repeats)
             found.append(
                 {"merger": name, "tokens": n, "clone": times[0], "ours": times[1]}

@@ -35,7 +35,6 @@ def compare(work: Path, mergers: str, *further: str) -> int:
             "--mergers", mergers,
             "--compressions", "2.37",
             "--seeds", "1",
-            "--jobs", "2",
             "--out", str(work / "out"),
             "--data.root", str(work / "shards"),
             "--data.batch_size", "8",
