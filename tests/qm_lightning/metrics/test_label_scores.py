@@ -10,8 +10,9 @@ from torch import Tensor
 
 from qm_lightning.errors import UserError
 from qm_lightning.metrics import LabelScores
-from qm_lightning.metrics.encoders import ExactEncoder, SentenceEncoder, minilm_folder
+from qm_lightning.metrics.encoders import ExactEncoder, SentenceEncoder
 from qm_lightning.metrics.labels import recall_precision_f1
+from qm_lightning.packaged import packaged_model
 
 
 def test_by_hand() -> None:
@@ -66,7 +67,7 @@ def test_minilm_reads_meaning() -> None:
     assert similar[0, 0] > similar[0, 1]
     assert similar[1, 1] > similar[1, 0]
     torch.testing.assert_close(encoder.embed(["dog"]).norm(dim=-1), torch.ones(1))
-    other = SentenceEncoder(str(minilm_folder()))  # padding beside a longer string changes nothing
+    other = SentenceEncoder(packaged_model("minilm"))  # padding beside a longer string changes nothing
     torch.testing.assert_close(
         encoder.embed(["car"]), other.embed(["car", "a very long text"])[:1], atol=1e-5, rtol=0
     )
