@@ -103,7 +103,7 @@ def measure(
     def step(part: ARPrior | StreamingPrior) -> Callable[[], Tensor]:
         def run() -> Tensor:
             logits: Tensor = part(merged, targets).logits
-            logits.sum().backward()
+            torch.autograd.backward(logits.sum())
             return logits.detach()
 
         return run

@@ -131,11 +131,16 @@ class Generation:
         generator = torch.Generator(self.module.device).manual_seed(s.seed)
         draws = (s.max_new_tokens, s.temperature, s.top_p, self.eos_id, generator)
         if isinstance(self.module, StreamingModule):
-            return self.module.prior.stream(self._encode, self.ids, self.mask, *draws)
-        return self.module.prior.stream(self._encode(self.ids, self.mask), *draws)
+            encode = self.module.growing_encoder()
 
-    def _encode(self, ids: Tensor, mask: Tensor) -> MergedTokens:
-        merged = self.module.encode(ids, mask)
+            def counted(ids: Tensor, mask: Tensor) -> MergedTokens:
+                return self._counted(encode(ids, mask), ids, mask)
+
+            return self.module.prior.stream(counted, self.ids, self.mask, *draws)
+        merged = self._counted(self.module.encode(self.ids, self.mask), self.ids, self.mask)
+        return self.module.prior.stream(merged, *draws)
+
+    def _counted(self, merged: MergedTokens, ids: Tensor, mask: Tensor) -> MergedTokens:
         self.cost.tokens, self.cost.merged = int(mask.sum()), int(merged.mask.sum())
         trunk, width = self.module.prior.trunk, ids.shape[0]
         self.cost.cache_bytes = trunk.cache_bytes(width, merged.mask.shape[1])

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from qm_lightning.backbones.layout import (
     Modality,
@@ -116,6 +117,20 @@ class HFBackbone(nn.Module):
             )
         return self._encode_text(inputs) if self.modality == "text" else self._encode_pixels(inputs[wanted])
 
+    @torch.no_grad()
+    def read(self, inputs: dict[str, Tensor], cache: Cache) -> Tokens:
+        """Encode texts, or the next tokens of texts that the cache holds (``IncrementalEncoder``).
+
+        Args:
+            inputs: ``input_ids`` [B,n] long, what is new; ``attention_mask`` [B,S] over cache and new tokens;
+                ``position_ids`` [B,n] long, where the cache holds tokens already.
+            cache: keys and values read before; it is written to.
+
+        Returns:
+            The n new tokens.
+        """
+        return self._encode_text(inputs, cache)
+
     def fingerprint(self) -> str:
         """SHA-256 of the weights, computed once."""
         if self._fingerprint is None:
@@ -132,22 +147,29 @@ class HFBackbone(nn.Module):
         joint = read_json(self.name_or_path, "processor_config.json", self.download) or {}
         return joint.get("image_processor")
 
-    def _encode_text(self, inputs: dict[str, Tensor]) -> Tokens:
+    def _encode_text(self, inputs: dict[str, Tensor], cache: Cache | None = None) -> Tokens:
         ids = inputs["input_ids"]
+        new = ids.shape[1]
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        self._check_text(ids)
-        values, record = self._run(input_ids=ids, attention_mask=mask)
-        valid = mask.bool()
+        self.check_text(ids)
+        more: dict[str, Any] = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+        places = inputs.get("position_ids")
+        if places is not None:
+            more["position_ids"] = places
+        values, record = self._run(input_ids=ids, attention_mask=mask, **more)
+        valid = mask.bool()[:, -new:]
+        if places is None:
+            places = (valid.cumsum(dim=1) - 1).clamp(min=0)
         protected = None
         if self.special_tokens == "protect":
             protected = torch.isin(ids, torch.tensor(self.edge_ids, device=ids.device)) & valid
         return Tokens(
             values=values,
             mask=valid,
-            positions=(valid.cumsum(dim=1) - 1).clamp(min=0).unsqueeze(-1),
+            positions=places.unsqueeze(-1),
             attention=_map_stats(lambda x: x.masked_fill(~valid, 0.0), self._statistics(record)),
-            metric=record.keys[self.layers[-1]],
+            metric=record.keys[self.layers[-1]][:, -new:],
             protected=protected,
             ids=ids,
         )
@@ -186,7 +208,7 @@ class HFBackbone(nn.Module):
             else None,
         )
 
-    def _run(self, **inputs: Tensor) -> tuple[Tensor, Record]:
+    def _run(self, **inputs: Any) -> tuple[Tensor, Record]:
         device = next(iter(inputs.values())).device
         with recording(self._watched, self.received) as record, torch.autocast(device.type, enabled=False):
             values: Tensor = self.model(**inputs).last_hidden_state
@@ -203,7 +225,15 @@ class HFBackbone(nn.Module):
             received=torch.cat(received) if received else None,
         )
 
-    def _check_text(self, ids: Tensor) -> None:
+    def check_text(self, ids: Tensor) -> None:
+        """Refuse texts that are too long, or hold ids outside the vocabulary.
+
+        Args:
+            ids: [B,N] long.
+
+        Raises:
+            UserError: they do.
+        """
         if self.max_tokens is not None and ids.shape[1] > self.max_tokens:
             raise UserError(
                 f"the context is {ids.shape[1]} tokens long; expected at most {self.max_tokens}, the maximum "

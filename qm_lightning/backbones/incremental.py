@@ -43,7 +43,9 @@ class IncrementalEncoder:
         self.backbone = backbone
         accepted = inspect.signature(backbone.model.forward).parameters
         wanted = {"past_key_values", "position_ids", "use_cache"}
-        self._can_cache = backbone.causal and not backbone.received and wanted <= accepted.keys()
+        # A sliding window would count the cache's slots of padding as tokens.
+        plain = backbone.causal and getattr(backbone.config, "sliding_window", None) is None
+        self._can_cache = plain and not backbone.received and wanted <= accepted.keys()
         self._read: _Read | None = None
 
     @torch.no_grad()
@@ -57,24 +59,34 @@ class IncrementalEncoder:
         Returns:
             The same tokens that ``backbone`` gives for the whole texts, but for rounding.
         """
+        self.backbone.check_text(ids)
         whole = {"input_ids": ids, "attention_mask": mask.long()}
         if not self._can_cache:
-            return self.backbone(whole)
-        read = self._read
-        lengths = mask.sum(dim=1)
-        if read is None or len(read.seen) != len(ids) or not torch.equal(read.tokens.counts + 1, lengths):
-            cache = DynamicCache(config=self.backbone.config)
-            tokens = self.backbone.read(whole, cache)
-            self._read = _Read(cache, mask.long(), tokens)
+            tokens: Tokens = self.backbone(whole)
             return tokens
+        read = self._read
+        if read is None or not _one_more(read.tokens, ids, mask):
+            cache = DynamicCache(config=self.backbone.config)
+            self._read = _Read(cache, mask.long(), self.backbone.read(whole, cache))
+            return self._read.tokens
+        place = mask.sum(dim=1, keepdim=True) - 1
         seen = F.pad(read.seen, (0, 1), value=1)
-        place = (lengths - 1).unsqueeze(1)
         newest = self.backbone.read(
             {"input_ids": ids.gather(1, place), "attention_mask": seen, "position_ids": place}, read.cache
         )
         tokens = _appended(read.tokens, newest, place.squeeze(1))
         self._read = _Read(read.cache, seen, tokens)
         return tokens
+
+
+def _one_more(tokens: Tokens, ids: Tensor, mask: Tensor) -> bool:
+    """Whether the texts are those of ``tokens`` with one more token each."""
+    old = tokens.mask
+    assert tokens.ids is not None  # noqa: S101  # HFBackbone's
+    if old.shape[0] != mask.shape[0] or old.shape[1] > mask.shape[1]:
+        return False
+    same_length = torch.equal(tokens.counts + 1, mask.sum(dim=1))
+    return same_length and torch.equal(tokens.ids[old], ids[:, : old.shape[1]][old])
 
 
 def _appended(tokens: Tokens, newest: Tokens, place: Tensor) -> Tokens:

@@ -2,6 +2,7 @@
 
 from qm_lightning.priors.ar_prior import ARPrior, PriorOutput
 from qm_lightning.priors.cache import KVCache
+from qm_lightning.priors.growing import Encoder
 from qm_lightning.priors.label_mask import label_layout, prefix_label_mask
 from qm_lightning.priors.label_prior import LabelPrior, keep_first_blocks
 from qm_lightning.priors.one_shot import Branches, greedy_labels, one_shot, scored_labels
@@ -10,6 +11,7 @@ from qm_lightning.priors.streaming import StreamingPrior, check_streaming, strea
 __all__ = [
     "ARPrior",
     "Branches",
+    "Encoder",
     "KVCache",
     "LabelPrior",
     "PriorOutput",
