@@ -21,7 +21,7 @@ from qm_lightning.callbacks.loop_state import (
     validation_follows,
 )
 from qm_lightning.runtime.checkpoint_io import AtomicCheckpointIO
-from qm_lightning.runtime.rendezvous import cpu_group
+from qm_lightning.runtime.rendezvous import cpu_group, gather
 from qm_lightning.runtime.run_directory import RunDirectory
 from qm_lightning.runtime.world import slurm_job_name
 
@@ -131,6 +131,7 @@ class PreemptionGuard(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     logger.experiment.mark_preempting()
+        gather(None)  # nobody leaves, and makes the scheduler clear the job away, before rank 0 is done
         raise Preempted
 
     def _saved(self, trainer: Trainer) -> str:

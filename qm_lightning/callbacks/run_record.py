@@ -1,4 +1,4 @@
-"""Writes into every checkpoint which run it belongs to and how it was configured."""
+"""Ties checkpoints to their run: a record in each file, and artifacts where they are asked for."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from qm_lightning import __version__
 from qm_lightning.runtime.find_checkpoint import RECORD_KEY
 from qm_lightning.runtime.run_directory import RunDirectory
+from qm_lightning.runtime.wandb_run import RunLogger
 
 FORMAT = 1
 
@@ -48,3 +49,21 @@ class RunRecord(Callback):
                 },
             }
         checkpoint[RECORD_KEY] = self._record
+
+
+class CheckpointArtifacts(Callback):
+    """Gives ``best`` and ``last`` to W&B when the training ends; asked for with ``--logger.artifacts true``.
+
+    Args:
+        run: the run's directory.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand the files over."""
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                paths = [self.run.checkpoints / name for name in ("last.ckpt", "best.ckpt")]
+                logger.keep_checkpoints(self.run.run_id, paths)

@@ -18,6 +18,7 @@ import datamodules.text
 import datamodules.video  # noqa: F401  # makes the short class names known: --data TextDataModule
 from datamodules.resumable import ResumableDataModule
 from qm_lightning.callbacks.pictures import MergePictures
+from qm_lightning.callbacks.run_record import CheckpointArtifacts
 from qm_lightning.errors import UserError
 from qm_lightning.modules import QuickMergeModule
 from qm_lightning.packaged import packaged_model
@@ -144,6 +145,8 @@ class QuickMergeCLI(LightningCLI):
         callbacks = always_on_callbacks(
             self.run, seed=config.seed_everything, checkpoint_every=config.checkpoint_every
         )
+        if config.logger.wandb and config.logger.artifacts:
+            callbacks.append(CheckpointArtifacts(self.run))
         return [*callbacks, *self.datamodule.callbacks(), *self._pictures()]
 
     def _pictures(self) -> list[Callback]:

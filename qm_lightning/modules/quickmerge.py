@@ -19,6 +19,7 @@ from qm_lightning.modules.compiling import CompileOptions, compile_in_place, in_
 from qm_lightning.modules.optim import OptimizerOptions, build_optimizer
 from qm_lightning.priors import ARPrior, PriorOutput
 from qm_lightning.runtime.frozen import FrozenBackboneMixin
+from qm_lightning.runtime.sharded import shard_trainable
 from qm_lightning.tokens import MergedTokens, Tokens
 
 
@@ -175,6 +176,10 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
             merged, max_new_tokens=batch["targets"].shape[1], temperature=0.0, eos_id=self.eos_id
         )
         return {"keys": batch["keys"], "position": batch["position"], "sequences": sequences}
+
+    def configure_model(self) -> None:
+        """Under ``strategy: fsdp2``, shard what is trained over the processes; else nothing."""
+        shard_trainable(self)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with warm-up and cosine over ``trainer.max_steps``; the backbone is frozen and left out."""

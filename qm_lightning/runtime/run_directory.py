@@ -149,7 +149,8 @@ def _start(run_dir: str | None, name: str, fresh: bool, world: World) -> RunDire
             )
         _put_aside(path)
     path.mkdir(parents=True, exist_ok=True)
-    run_id = secrets.token_hex(4)
+    # A W&B sweep gives its runs their ids.
+    run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     _write_manifest(path, run_id, world)
     return RunDirectory(path, run_id)
 

@@ -48,12 +48,13 @@ def make_strategy(world: World, requested: Any = "auto", accelerator: str = "aut
 
     Args:
         world: the processes.
-        requested: ``trainer.strategy`` of the configuration: ``"auto"``, ``"ddp"`` or a ready object
-            (``ModelParallelStrategy``, for priors that outgrow one device).
+        requested: ``trainer.strategy`` of the configuration: ``"auto"``, ``"ddp"``, ``"fsdp2"`` (for priors
+            that outgrow one device), or a ready object.
         accelerator: ``trainer.accelerator``.
 
     Returns:
-        A ``DDPStrategy`` under a launcher, ``"auto"`` for a single process, or the requested object.
+        A ``DDPStrategy`` under a launcher (``ShardedStrategy`` for ``fsdp2``), ``"auto"`` for a single process, or
+        the requested object.
 
     Raises:
         UserError: a strategy that would train once per process, or a name we do not run.
@@ -65,11 +66,13 @@ def make_strategy(world: World, requested: Any = "auto", accelerator: str = "aut
                 "strategy that joins them, since each would train alone; leave trainer.strategy out"
             )
         return requested
-    if requested not in (None, "auto", "ddp"):
+    if requested not in (None, "auto", "ddp", "fsdp2"):
         raise UserError(
-            f"found trainer.strategy={requested!r}; expected auto, ddp or a ModelParallelStrategy object; "
+            f"found trainer.strategy={requested!r}; expected auto, ddp or fsdp2; "
             "see configs/trainer/fsdp2.yaml for sharded training"
         )
+    if requested == "fsdp2":
+        return _sharded(world, accelerator)
     if world.launcher != "torchrun" and world.size == 1:
         return "auto"
     return DDPStrategy(
@@ -79,6 +82,17 @@ def make_strategy(world: World, requested: Any = "auto", accelerator: str = "aut
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
+
+
+def _sharded(world: World, accelerator: str) -> Strategy:
+    if world.launcher == "plain":
+        raise UserError(
+            "found trainer.strategy=fsdp2 and no launcher; expected several processes to shard over; start with "
+            "configs/launch/torchrun.sh"
+        )
+    from qm_lightning.runtime.sharded import ShardedStrategy
+
+    return ShardedStrategy(backend_of(accelerator))
 
 
 def cluster_environment(world: World) -> ClusterEnvironment:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,8 +31,7 @@ class TrackingOptions:
         group: groups runs of one study in the dashboard.
         tags: labels of the run.
         notes: free text of the run.
-        artifacts: upload ``best`` and ``last`` as artifacts at the end; copies each on the local disk.
-        all_nodes: system metrics of every node in the same run, where W&B supports it (online only).
+        artifacts: keep ``best`` and ``last`` as artifacts at the end; W&B copies each on the local disk first.
     """
 
     wandb: bool = True
@@ -43,7 +42,6 @@ class TrackingOptions:
     tags: list[str] = field(default_factory=list)
     notes: str | None = None
     artifacts: bool = False
-    all_nodes: bool = False
 
 
 def wandb_mode(requested: str | None = None, env: Mapping[str, str] = os.environ) -> tuple[str, str]:
@@ -106,10 +104,6 @@ class RunLogger(WandbLogger):
         """
         import wandb
 
-        settings: dict[str, Any] = {"init_timeout": _INIT_TIMEOUT_S, "quiet": True, "console": "off"}
-        if options.all_nodes and mode == "online":
-            mode = "shared"
-            settings |= {"x_primary": True, "x_label": "rank0"}
         return cls(
             save_dir=run_dir,
             project=options.project,
@@ -122,7 +116,7 @@ class RunLogger(WandbLogger):
             group=options.group,
             tags=options.tags or None,
             notes=options.notes,
-            settings=wandb.Settings(**settings),
+            settings=wandb.Settings(init_timeout=_INIT_TIMEOUT_S, quiet=True, console="off"),
         )
 
     @rank_zero_only
@@ -146,3 +140,18 @@ class RunLogger(WandbLogger):
         self.log_hyperparams({"config": dict(config)})
         if file.is_file():
             self.experiment.save(str(file), base_path=str(file.parent), policy="now")
+
+    @rank_zero_only
+    def keep_checkpoints(self, run_id: str, paths: Sequence[Path]) -> None:
+        """Make each file a version of the artifact ``checkpoint-RUN``, with its name as alias.
+
+        Args:
+            run_id: the run's id.
+            paths: e.g. ``best.ckpt`` and ``last.ckpt``; those that exist are taken.
+        """
+        import wandb
+
+        for path in filter(Path.is_file, paths):
+            artifact = wandb.Artifact(f"checkpoint-{run_id}", type="model", metadata={"file": path.name})
+            artifact.add_file(str(path), name="model.ckpt", policy="immutable")
+            self.experiment.log_artifact(artifact, aliases=[path.stem])

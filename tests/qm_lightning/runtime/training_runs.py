@@ -28,6 +28,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 
 from datamodules.base import ShardDataModule
 from datamodules.shards.index import build_index
@@ -38,6 +39,7 @@ from qm_lightning.runtime.frozen import FrozenBackboneMixin
 from qm_lightning.runtime.loggers import TrackingOptions, make_loggers
 from qm_lightning.runtime.rank_facts import collect_facts, require_same
 from qm_lightning.runtime.run_directory import open_run_directory
+from qm_lightning.runtime.sharded import shard_trainable
 from qm_lightning.runtime.strategy import TIMEOUT_VARIABLE
 from qm_lightning.runtime.world import resolve_world
 
@@ -118,6 +120,7 @@ class Attempt:
     signal_in_validation: tuple[int, int] | None = None  # (training batches before it, validation batch)
     signal: int = signal.SIGTERM
     nan_at: tuple[int, int] | None = None  # (training batch, rank)
+    strategy: str = "auto"
     backbone: int = 0
     dropout: float = 0.3
     noise: float = 0.1
@@ -146,6 +149,9 @@ class Learner(FrozenBackboneMixin, pl.LightningModule):
         self.prior = torch.nn.Linear(WIDTH, 1)
         self.register_buffer("rho", torch.zeros(()))
         self.attempt, self.trace, self.batches = attempt, trace, 0
+
+    def configure_model(self) -> None:
+        shard_trainable(self)
 
     def write(self, **line: Any) -> None:
         with (self.trace / f"rank{self.global_rank}.jsonl").open("a") as file:
@@ -247,15 +253,15 @@ def fit(attempt: Attempt, data_root: str, run_dir: Path, trace: Path) -> dict[st
             *data.callbacks(),
         ],
         **options,
-        **trainer_arguments({"accelerator": "cpu"}),
+        **trainer_arguments({"accelerator": "cpu", "strategy": attempt.strategy}),
     )
     module = Learner(trace, attempt)
     began = time.time()
     trainer.fit(module, datamodule=data, ckpt_path=run.ckpt_path, weights_only=True)
     return {
-        "state": {name: tensor.tolist() for name, tensor in module.state_dict().items()},
+        "state": {name: whole(tensor).tolist() for name, tensor in module.state_dict().items()},
         "moments": [
-            [value.tolist() for value in state.values()]
+            [whole(value).tolist() for value in state.values()]
             for state in trainer.optimizers[0].state_dict()["state"].values()
         ],
         "rate": trainer.optimizers[0].param_groups[0]["lr"],
@@ -263,6 +269,11 @@ def fit(attempt: Attempt, data_root: str, run_dir: Path, trace: Path) -> dict[st
         "run_id": run.run_id,
         "seconds": time.time() - began,
     }
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All shards of a tensor."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass
