@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from qm_lightning.errors import UserError
@@ -34,6 +35,8 @@ def join(world: World, accelerator: str = "auto", timeout: timedelta | None = No
     Raises:
         UserError: some rank did not arrive; the message names it.
     """
+    # Lightning guesses the rank when it is imported; loggers ask for it before the trainer exists.
+    rank_zero_only.rank = world.rank
     if world.size == 1 or dist.is_initialized():
         return
     timeout = timeout or collective_timeout()

@@ -48,6 +48,11 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning hands the optimizers' states to this strategy, too."""
+        return True
+
     def load_checkpoint(
         self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
     ) -> dict[str, Any]:

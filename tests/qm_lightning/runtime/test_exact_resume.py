@@ -116,6 +116,7 @@ def test_the_matrix(
     assert_exact(attempt, straight(attempt), found, tmp_path / "trace")
 
 
+@pytest.mark.slow
 def test_three_stops_are_as_good_as_one(shards: Path, straight: Straight, tmp_path: Path) -> None:
     attempt = Attempt(trainer={"val_check_interval": 4})
     for batch, ckpt_path in ((2, None), (1, "last"), (4, "last")):

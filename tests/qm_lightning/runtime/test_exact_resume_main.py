@@ -102,6 +102,7 @@ def test_explicit_values_win_over_stored_ones_and_are_printed(
     assert groups[0]["initial_lr"] == 0.25
 
 
+@pytest.mark.slow
 def test_weights_alone_start_a_run_of_their_own(
     base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,6 +116,7 @@ def test_weights_alone_start_a_run_of_their_own(
     assert old["qm_lightning"]["run_id"] != fresh["qm_lightning"]["run_id"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_behind_another_backbone_is_refused(
     base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,6 +42,7 @@ def test_a_signal_on_one_rank_brings_all_to_the_same_step(rank: int, shards: Pat
     assert max(o.seconds for o in outcomes) < 20
 
 
+@pytest.mark.slow
 def test_metrics_of_the_last_step_are_not_lost(shards: Path, tmp_path: Path) -> None:
     run(Attempt(signal_at=(4, 0)), shards, tmp_path / "run", tmp_path / "trace")
     rows = (tmp_path / "run/metrics.csv").read_text().splitlines()
@@ -63,12 +64,14 @@ def test_a_time_limit_requeues_and_the_next_turn_goes_on_by_itself(
     assert [line["step"] for line in traced(tmp_path / "trace")] == list(range(12))
 
 
+@pytest.mark.slow
 def test_sigterm_does_not_ask_for_another_turn(scontrol: Path, shards: Path, tmp_path: Path) -> None:
     outcomes = run(slurm(scontrol, signal_at=(4, 1)), shards, tmp_path / "run", tmp_path / "trace")
     assert [o.code for o in outcomes] == [75, 75]
     assert not scontrol.exists()
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_refuses_is_reported(scontrol: Path, shards: Path, tmp_path: Path) -> None:
     tool = scontrol.parent / "bin/scontrol"
     tool.write_text("#!/bin/sh\necho 'Requested operation is disabled' >&2\nexit 1\n")
@@ -126,6 +129,7 @@ def test_a_loss_that_is_no_number_ends_on_every_rank(world: int, shards: Path, t
     assert read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 2
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_named(shards: Path, tmp_path: Path) -> None:
     attempt = Attempt(world=2, absent=1, timeout_s=2)
     outcomes = run(attempt, shards, tmp_path / "run", tmp_path / "trace", wait_for=1)

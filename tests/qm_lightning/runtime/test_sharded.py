@@ -24,6 +24,7 @@ def weights(checkpoint: dict[str, Any]) -> torch.Tensor:
     return torch.cat([checkpoint["state_dict"][key].flatten() for key in sorted(checkpoint["state_dict"])])
 
 
+@pytest.mark.slow
 def test_sharded_training_stops_resumes_and_equals_ddp(shards: Path, tmp_path: Path) -> None:
     straight = run(SHARDED, shards, tmp_path / "straight", tmp_path / "trace1")
     assert [o.code for o in straight] == [0, 0], straight[0].text

@@ -124,6 +124,7 @@ def test_attention_on_the_cpu_is_counted_and_leaves_no_trace() -> None:
     assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.slow
 def test_compiled_parts_are_not_counted_as_nothing() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(2, 2))
     assert can_count(module)

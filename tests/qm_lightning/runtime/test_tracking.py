@@ -94,6 +94,7 @@ def test_online_a_resume_goes_on_in_the_same_run(server: StandIn, shards: Path, 
     assert any(name.endswith("config.yaml") for name in server.files)
 
 
+@pytest.mark.slow
 def test_offline_pieces_are_stitched_by_sync(server: StandIn, shards: Path, tmp_path: Path) -> None:
     attempt = Attempt(tracking={"mode": "offline"}, env=own_home(tmp_path), signal_at=(4, 0))
     run(attempt, shards, tmp_path / "run", tmp_path / "trace")
@@ -124,6 +125,7 @@ def test_without_a_key_it_is_offline_and_says_so_in_one_line(
     assert wandb_mode(None, {"WANDB_MODE": "dryrun"}) == ("offline", "as asked")
 
 
+@pytest.mark.slow
 def test_a_key_without_a_network_is_offline_after_a_bounded_wait(shards: Path, tmp_path: Path) -> None:
     with socket.socket() as listener:  # takes connections and never answers
         listener.bind(("127.0.0.1", 0))

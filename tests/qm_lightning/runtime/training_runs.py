@@ -6,6 +6,7 @@ imports. `Attempt` says what is started and how it ends; each rank writes what i
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import logging
@@ -337,6 +338,7 @@ def _rank(rank: int, port: int, attempt: Attempt, data: str, run_dir: Path, trac
         except BaseException:
             code = 1
             traceback.print_exc()
+    atexit._run_exitfuncs()  # as any process ends, and those of multiprocessing do not: W&B sends its last rows
     answer.send((result, code, text.getvalue()))
     sys.exit(code)
 
