@@ -36,7 +36,7 @@ def join(world: World, accelerator: str = "auto", timeout: timedelta | None = No
         UserError: some rank did not arrive; the message names it.
     """
     # Lightning guesses the rank when it is imported; loggers ask for it before the trainer exists.
-    rank_zero_only.rank = world.rank
+    rank_zero_only.rank = world.rank  # type: ignore[attr-defined]
     if world.size == 1 or dist.is_initialized():
         return
     timeout = timeout or collective_timeout()
