@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from qm_lightning.report import Report
+from qm_lightning.reporting.page import SAMPLES, Section
 from qm_lightning.runtime.loggers import wandb_mode
 
 
 def publish(report: Report, out: Path, options: dict[str, Any]) -> str:
-    """Log each experiment's table and plots as one W&B run, offline where there is no key.
+    """Log each experiment's table, plots and merge pictures as one W&B run, offline where there is no key.
 
     Args:
         report: the finished report.
@@ -47,6 +48,26 @@ def publish(report: Report, out: Path, options: dict[str, Any]) -> str:
             for plot in section.plots:
                 path = report.page.parent / plot["file"]
                 run.log({f"compare/{path.stem}": wandb.Image(str(path))})
+            for sample, images in merge_pictures(section).items():
+                shown = [wandb.Image(str(path), caption=caption) for caption, path in images]
+                run.log({f"merge/{section.experiment}/{sample}": shown})
             run.summary[f"finding/{section.experiment}"] = section.findings.headline
     where = f"; upload with: wandb sync {out}/wandb/offline-run-*" if mode == "offline" else ""
     return f"W&B {mode}: {reason}{where}"
+
+
+def merge_pictures(section: Section) -> dict[str, list[tuple[str, Path]]]:
+    """Pictures of the first test samples, one of each row's first seed.
+
+    Args:
+        section: of one experiment.
+
+    Returns:
+        Captions and files by sample.
+    """
+    found: dict[str, list[tuple[str, Path]]] = {}
+    for row in section.rows:
+        folder = row.runs[0].path / "report" / "examples"
+        for path in sorted(folder.glob("test-*.png"))[:SAMPLES]:
+            found.setdefault(path.stem.split("-", 2)[-1], []).append((row.name, path))
+    return found
