@@ -79,7 +79,7 @@ def test_one_cell_fails_the_others_finish_and_are_not_run_again(
     # The figures are those of a test of its own.
     (command,) = [line for line in (cell / "log.txt").read_text().splitlines() if line.startswith("$ python")]
     before = json.loads((cell / "results.json").read_text())
-    options = shell_words(command)[3:]
+    options = shell_words(command)[2:]
     options[0] = "test"
     options[options.index("--fresh") :] = ["--ckpt_path", "last"]
     assert main(options) == 0
