@@ -31,33 +31,21 @@ demo-%: pretrained/%/config.json
 pretrained/%/config.json: data/%/test/index.json
 	$(BIN)/python train.py fit --config configs/experiment/backbone_$*.yaml --run_dir runs/backbone_$* --fresh true $(BACKBONE)
 
-data/image/test/index.json: | setup
-	$(BIN)/python -m datamodules prepare image --source digits --out data/image --workers 2
+data/%/test/index.json: | setup
+	$(BIN)/python -m datamodules prepare $(if $(findstring text,$*),text,$*) --out data/$* $(SOURCE_$*)
 
-data/text/test/index.json: | setup
-	$(BIN)/python -m datamodules prepare text --source stdlib --out data/text --workers 2
+SOURCE_image := --source digits --workers 2
+SOURCE_video := --source digits --workers 2
+SOURCE_paired := --source digits --workers 2
+SOURCE_text := --source stdlib --workers 2
+SOURCE_text_streaming := --source stdlib --task passage --workers 2
 
 # Every other shipped experiment for real, each with its report; what is finished is not run again.
-# About an hour on two cores; STEPS and BACKBONE_STEPS shorten it.
+# About an hour on two cores; STEPS and BACKBONE shorten it.
 EXPERIMENTS ?= video paired nxtp text_streaming mixture
 
 demo-all: demo $(EXPERIMENTS:%=report/%/index.html)
 	@echo "reports: report/index.html $(EXPERIMENTS:%=report/%/index.html)"
-
-data/video/test/index.json data/paired/test/index.json: data/%/test/index.json: | setup
-	$(BIN)/python -m datamodules prepare $* --source digits --out data/$*
-
-data/text/test/index.json: | setup
-	$(BIN)/python -m datamodules prepare text --source stdlib --task origin --out data/text
-
-data/text_streaming/test/index.json: | setup
-	$(BIN)/python -m datamodules prepare text --source stdlib --task passage --out data/text_streaming
-
-pretrained/video/config.json: data/video/test/index.json
-pretrained/text_streaming/config.json: data/text_streaming/test/index.json
-pretrained/video/config.json pretrained/text_streaming/config.json: pretrained/%/config.json:
-	$(BIN)/python train.py fit --config configs/experiment/backbone_$*.yaml --run_dir runs/backbone_$* \
-		--fresh true --trainer.max_steps $(BACKBONE_STEPS)
 
 report/video/index.html: pretrained/video/config.json
 report/paired/index.html: pretrained/image/config.json data/paired/test/index.json
