@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks._record import write_results
 from qm_lightning.merging import FixedBudget, QuickMerge, StreamingQuickMerge
 from qm_lightning.modules.compiling import CompileOptions, compile_in_place, in_buckets
 from qm_lightning.priors import ARPrior, StreamingPrior
 from qm_lightning.tokens import AttentionStats, MergedTokens, Tokens
 
-RESULTS = Path(__file__).parent / "results" / "compiling.json"
 BOTH = CompileOptions(prior=True, merger=True)
 
 
@@ -46,16 +43,7 @@ def main() -> None:
         ),
         *measure("conditioning", QuickMerge(FixedBudget(2.37)), ARPrior(96, 11), image, labels, rounds),
     ]
-    configuration = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "rounds": rounds,
-    }
-    RESULTS.write_text(
-        json.dumps({"configuration": configuration, "rows": rows}, indent=2) + "\n", encoding="utf-8"
-    )
+    path = write_results("compiling", {"rounds": rounds}, rows=rows)
     table = Table(
         "mode", "part", "eager ms", "compiled ms", "x", "first call s", "largest difference", box=None
     )
@@ -70,7 +58,7 @@ def main() -> None:
         )
     console = Console()
     console.print(table)
-    console.print(f"written to {RESULTS}")
+    console.print(f"written to {path}")
 
 
 def random_tokens(batch: int, count: int, width: int) -> Tokens:

@@ -9,21 +9,18 @@ first token. Times are processor seconds on one thread, the least of interleaved
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._record import write_results
 from qm_lightning.merging import FixedBudget, Merger, NoMerge, QuickMerge
 from qm_lightning.priors import ARPrior
 from qm_lightning.tokens import AttentionStats, Tokens
 
-RESULTS = Path(__file__).parent / "results" / "generation.json"
 PROMPTS = [512, 1024, 4096, 16384]
 COMPRESSIONS = [2.37, 4.0]
 WIDTH, METRIC, VOCAB, NEW_TOKENS = 256, 64, 257, 48
@@ -40,20 +37,10 @@ def main() -> None:
     torch.manual_seed(0)
     prior = ARPrior(WIDTH, VOCAB, **PRIOR, align=False).eval()
     rows = [row for n in options.prompts for row in measure(prior, make_tokens(n), options.rounds)]
-    results = {
-        "configuration": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "rounds": options.rounds,
-            "prior": f"{PRIOR}, {VOCAB} tokens, random weights, fp32, batch 1, {NEW_TOKENS} new tokens",
-        },
-        "rows": rows,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    prior_text = f"{PRIOR}, {VOCAB} tokens, random weights, fp32, batch 1, {NEW_TOKENS} new tokens"
+    path = write_results("generation", {"rounds": options.rounds, "prior": prior_text}, rows=rows)
     _print(rows)
+    Console().print(f"written to {path}")
 
 
 def make_tokens(count: int) -> Tokens:
@@ -106,7 +93,7 @@ def once(prior: ARPrior, merger: Merger, tokens: Tokens) -> dict[str, Any]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table("prompt", "compression", "kept", "first token s", "x", "of it merging", "tokens/s", "x")
+    table = Table("prompt", "ratio", "kept", "first s", "x", "merging", "tokens/s", "x", box=None)
     table.add_column("cache MiB")
     table.add_column("x")
     table.title = "Generation after a merged prompt; x: against the same prior on the whole prompt"
@@ -125,9 +112,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             f"{row['cache_bytes'] / 2**20:.1f}",
             f"{whole['cache_bytes'] / row['cache_bytes']:.2f}",
         )
-    console = Console()
-    console.print(table)
-    console.print(f"written to {RESULTS}")
+    Console().print(table)
 
 
 if __name__ == "__main__":

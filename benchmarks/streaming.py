@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,13 +21,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._record import write_results
 from qm_lightning.cli import main as command
 from qm_lightning.generation import Generation, Sampling
 from qm_lightning.priors import StreamingPrior
 from qm_lightning.runtime.find_checkpoint import resolve_checkpoint
 from qm_lightning.runtime.trained_run import TrainedRun, open_trained_run
 
-RESULTS = Path(__file__).parent / "results" / "streaming.json"
 EXPERIMENT = Path(__file__).parents[1] / "configs" / "experiment" / "text_streaming.yaml"
 MERGERS = ["StreamingQuickMerge", "FixedStride", "EntropyThreshold", "LearnedRouter", "DynamicPooling"]
 ALL, ALL_FLOPS = "all tokens, equal steps", "all tokens, equal FLOPs"
@@ -49,22 +48,16 @@ def main() -> None:
             rows.setdefault(label, []).append(trained(label, directory, seed, options))
             runs.setdefault(label, []).append(open_trained_run(directory, "last", options.backbone))
     first = {label: cells[0] for label, cells in runs.items() if label != ALL_FLOPS}
-    results = {
-        "configuration": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "threads": 1,
-            "steps": options.steps,
-            "seeds": options.seeds,
-            "compression": options.compression,
-            "work": f"{WINDOW}-byte passages of the standard library, batch 16, prior of text_streaming.yaml",
-        },
-        "quality": rows,
-        "speed": speeds(first, options.rounds),
+    configuration = {
+        "steps": options.steps,
+        "seeds": options.seeds,
+        "compression": options.compression,
+        "work": f"{WINDOW}-byte passages of the standard library, batch 16, prior of text_streaming.yaml",
     }
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    _print(results)
+    speed = speeds(first, options.rounds)
+    path = write_results("streaming", configuration, quality=rows, speed=speed)
+    _print(rows, speed, options.seeds)
+    Console().print(f"written to {path}")
 
 
 def _options() -> argparse.Namespace:
@@ -171,14 +164,13 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f"{text} ± {statistics.stdev(values):.3f}" if len(values) > 1 else text
 
 
-def _print(results: dict[str, Any]) -> None:
+def _print(quality: dict[str, list[dict[str, Any]]], speeds: dict[str, dict[str, float]], seeds: int) -> None:
     table = Table(
         "method", "compression", "bits/byte", "steps", "prior MFLOP", "step ms", "tokens/s", "cache KiB"
     )
-    seeds = results["configuration"]["seeds"]
     table.title = f"Text merged while it is read; {seeds} seed(s), test passages"
-    for label, cells in results["quality"].items():
-        speed = results["speed"].get(label, {})
+    for label, cells in quality.items():
+        speed = speeds.get(label, {})
         table.add_row(
             label,
             f"{statistics.fmean(c['compression'] for c in cells):.2f}",
@@ -188,9 +180,7 @@ def _print(results: dict[str, Any]) -> None:
             *(f"{speed[n]:.0f}" if n in speed else "-" for n in ("step_ms", "tokens_per_s")),
             f"{speed['cache_bytes'] / 2**10:.0f}" if speed else "-",
         )
-    console = Console()
-    console.print(table)
-    console.print(f"written to {RESULTS}")
+    Console().print(table)
 
 
 if __name__ == "__main__":
