@@ -37,7 +37,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny = {"width": 32, "depth": 2, "heads": 2}
     for name, model in (("image", small_vit(**tiny)), ("video", small_videomae(**tiny))):
         save_backbone(model, home / "pretrained" / name, preprocessing_of(model))
-    save_backbone(small_llama(**tiny), home / "pretrained/text_streaming", None)
+    save_backbone(small_llama(**tiny), home / "pretrained/text", None)
     return home
 
 
@@ -127,4 +127,4 @@ def test_demo_all_runs_every_shipped_experiment() -> None:
     recipe = (CONFIGS.parents[1] / "Makefile").read_text()
     listed = next(line for line in recipe.splitlines() if line.startswith("EXPERIMENTS ?=")).split()[2:]
     shipped = {path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("backbone_")}
-    assert shipped - {"image"} == set(listed)  # `demo` runs image
+    assert shipped - {"image", "text"} == set(listed)  # `demo` runs these two

@@ -18,7 +18,7 @@ from transformers import (
     ViTModel,
 )
 
-_WIDE = 0.1  # standard deviation of a small ViT's fresh matrices
+_WIDE = 0.1  # standard deviation of a small vision model's fresh matrices
 
 
 def small_vit(
@@ -50,7 +50,7 @@ def small_vit(
 
 
 @torch.no_grad()
-def _start_wide(model: ViTModel) -> None:
+def _start_wide(model: ViTModel | VideoMAEModel) -> None:
     for weight in (p for p in model.parameters() if p.ndim == 2):
         weight.normal_(0.0, _WIDE)
     patches = model.embeddings.patch_embeddings.projection.weight
@@ -104,7 +104,10 @@ def small_videomae(
     depth: int = 3,
     heads: int = 4,
 ) -> VideoMAEModel:
-    """Video transformer: frames / tubelet_size * (image_size / patch_size)^2 tubelets, no class token."""
+    """Video transformer: frames / tubelet_size * (image_size / patch_size)^2 tubelets, no class token.
+
+    Its matrices start as wide as ``small_vit``'s; its positions are sines already.
+    """
     config = VideoMAEConfig(
         image_size=image_size,
         patch_size=patch_size,
@@ -117,7 +120,9 @@ def small_videomae(
         intermediate_size=4 * width,
         use_mean_pooling=False,
     )
-    return VideoMAEModel(config)
+    model = VideoMAEModel(config)
+    _start_wide(model)
+    return model
 
 
 def preprocessing_of(model: PreTrainedModel, mean: float = 0.5, std: float = 0.5) -> dict[str, Any]:

@@ -78,25 +78,44 @@ class MergerSet(nn.ModuleDict):
         """Nothing: each was prepared for its own backbone."""
 
 
+class PlacedMerger:
+    """A modality's merger whose output has the width of the prior."""
+
+    def __init__(self, merger: Merger, block: Block) -> None:
+        self._merger, self._block = merger, block
+        self.inside = getattr(merger, "inside", False)
+
+    def __call__(self, tokens: Tokens) -> MergedTokens:
+        """Merge the backbone's tokens."""
+        return self._placed(self._merger(tokens))
+
+    def encode(self, backbone: Any, inputs: dict[str, Tensor], plain: Tokens | None = None) -> MergedTokens:
+        """As ``Merger.encode``."""
+        return self._placed(self._merger.encode(backbone, inputs, plain))
+
+    def _placed(self, merged: MergedTokens) -> MergedTokens:
+        return replace(merged, values=self._block.place(merged.values))
+
+
 class ModalityView(nn.Module):
     """One modality of a ``MultimodalModule`` as if there were no other: what costs are measured on."""
 
     def __init__(self, module: MultimodalModule, name: str) -> None:
         super().__init__()
         self.backbone: Any = module.backbone[name]
-        self.plain_merger: Any = module.merger[name]
-        self.prior, self._block = module.prior, module.blocks[name]
+        plain: Any = module.merger[name]
+        self.prior, self.merger = module.prior, PlacedMerger(plain, module.blocks[name])
+        self.plain = plain
         self.train(module.training)
 
-    def merger(self, tokens: Tokens) -> MergedTokens:
-        """Merged tokens in the prior's width."""
-        merged: MergedTokens = self.plain_merger(tokens)
-        return replace(merged, values=self._block.place(merged.values))
-
     def merge(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens]:
-        """Backbone and merger."""
-        tokens = replace(self.backbone(batch["inputs"]), seeds=batch.get("seeds"))
-        return tokens, self.merger(tokens)
+        """Tokens in the backbone's width, merged ones in the prior's."""
+        return _merge(self.backbone, self.merger, batch)
+
+
+def _merge(backbone: Any, merger: PlacedMerger, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens]:
+    tokens = replace(backbone(batch["inputs"]), seeds=batch.get("seeds"))
+    return tokens, merger.encode(backbone, batch["inputs"], tokens)
 
 
 class MultimodalModule(QuickMergeModule):
@@ -150,10 +169,9 @@ class MultimodalModule(QuickMergeModule):
     def merge(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens]:
         """Backbone and merger of the batch's modality, in the prior's width."""
         name = self._modality(batch)
-        tokens = replace(self.backbone[name](batch["inputs"]), seeds=batch.get("seeds"))
-        merged = self.merger[name](tokens)
-        place = self.blocks[name].place
-        return replace(tokens, values=place(tokens.values)), replace(merged, values=place(merged.values))
+        merger: Any = self.merger[name]
+        tokens, merged = _merge(self.backbone[name], PlacedMerger(merger, self.blocks[name]), batch)
+        return replace(tokens, values=self.blocks[name].place(tokens.values)), merged
 
     def view(self, name: str) -> ModalityView:
         """One modality as a module of its own, sharing all weights."""
