@@ -87,6 +87,24 @@ def test_an_image_backbone_reads_clips_frame_by_frame(here: Path) -> None:
     assert run("fit", "video", *options) == 0
 
 
+def test_a_question_reaches_the_merger(here: Path) -> None:
+    assert run("fit", "backbone_words", small=False) == 0
+    trim = [
+        "--model.merger",
+        "TrimTokenator",
+        "--model.merger.budget.class_path",
+        "qm_lightning.merging.FixedBudget",
+    ]
+    words = [
+        "--model.merger.init_args.normalize",
+        "true",
+        "--model.context",
+        "qm_lightning.backbones.WordVectors",
+    ]
+    words += ["--model.context.init_args.folder", "pretrained/words", "--run_dir", "runs/trim"]
+    assert run("fit", "paired", *trim, *words, "--trainer.fast_dev_run", "true") == 0
+
+
 def test_the_mixture(here: Path) -> None:
     assert run("fit", "mixture", "--checkpoint_every", "2") == 0
     assert run("fit", "mixture", "--trainer.max_steps", "10", "--ckpt_path", "last") == 0

@@ -2,5 +2,6 @@
 
 from qm_lightning.backbones.hf import HFBackbone
 from qm_lightning.backbones.in_backbone import InBackbone
+from qm_lightning.backbones.words import WordVectors
 
-__all__ = ["HFBackbone", "InBackbone"]
+__all__ = ["HFBackbone", "InBackbone", "WordVectors"]

@@ -6,6 +6,7 @@ from qm_lightning.modules.optim import OptimizerOptions
 from qm_lightning.modules.pretrain import BackbonePretrainModule
 from qm_lightning.modules.quickmerge import LossWeights, QuickMergeModule
 from qm_lightning.modules.streaming import StreamingModule
+from qm_lightning.modules.words import WordVectorsModule
 
 __all__ = [
     "BackbonePretrainModule",
@@ -17,4 +18,5 @@ __all__ = [
     "OptimizerOptions",
     "QuickMergeModule",
     "StreamingModule",
+    "WordVectorsModule",
 ]

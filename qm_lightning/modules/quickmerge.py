@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from qm_lightning.backbones import HFBackbone
+from qm_lightning.backbones import HFBackbone, WordVectors
+from qm_lightning.errors import UserError
 from qm_lightning.losses import alignment_losses, collapse_variance, fidelity_loss, global_mean, target_loss
 from qm_lightning.merging import Merger
 from qm_lightning.metrics import QualityMetrics
@@ -50,6 +51,7 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         losses: weights of the losses.
         optimizer: the recipe.
         compile: what torch.compile compiles; nothing by default.
+        context: puts a batch's ``context``, the paired text, into the tokens' space, for mergers that read it.
     """
 
     def __init__(
@@ -62,9 +64,11 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         losses: LossWeights | None = None,
         optimizer: OptimizerOptions | None = None,
         compile: CompileOptions | None = None,  # noqa: A002  # the option's name: --model.compile.prior
+        context: WordVectors | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.context = context
         self.merger = merger
         self.merger.prepare(backbone)
         if not isinstance(prior, nn.Module):
@@ -82,7 +86,9 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
 
     def merge(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens]:
         """Backbone and merger: what the prior reads, and what it was made from."""
-        tokens = replace(self.backbone(batch["inputs"]), seeds=batch.get("seeds"))
+        tokens = replace(
+            self.backbone(batch["inputs"]), seeds=batch.get("seeds"), context=self._context(batch)
+        )
         merged = self.merger.encode(self.backbone, batch["inputs"], tokens)
         return tokens, in_buckets(merged, self.compiling.bucket) if self.compiling.prior else merged
 
@@ -97,6 +103,16 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
             The merged tokens.
         """
         return self.merger.encode(self.backbone, {"input_ids": ids, "attention_mask": mask.long()})
+
+    def _context(self, batch: dict[str, Any]) -> Tokens | None:
+        if self.context is None:
+            return None
+        if "context" not in batch:
+            raise UserError(
+                "model.context is set but the batch has no context; expected a paired text, such as a question; use a "
+                "PairedDataModule over shards with question.txt, or leave model.context out"
+            )
+        return self.context(batch["context"])  # type: ignore[no-any-return]
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens, PriorOutput]:
         """The whole path for one batch (docs/architecture.md lists its keys)."""
