@@ -12,6 +12,7 @@ from qm_lightning.errors import UserError
 from qm_lightning.merging.assemble import assemble, own_sizes
 from qm_lightning.merging.base import BudgetMerger, Causality
 from qm_lightning.merging.budget import Budget
+from qm_lightning.merging.coverage import spread
 from qm_lightning.merging.entropy_budget import EntropyBudget
 from qm_lightning.merging.grouping import nearest_anchor
 from qm_lightning.merging.noise import Noise
@@ -34,6 +35,8 @@ class QuickMerge(BudgetMerger):
         eps: mass of a token that is no anchor, and the least mass of an anchor.
         novelty: share of its salience that a token of a clip loses when it repeats what lay at its place a step
             before, in [0,1]: what stands still is kept once, and the budget falls. Texts and pictures are not touched.
+        coverage: share of the budget that goes to the most salient token of each part of the input, the parts being
+            even blocks; the rest goes to the most salient tokens anywhere. In [0,1].
         salience_weights: of ``1 - entropy``, ``norm`` and ``received``, where learning starts.
         seed: of the noise.
         input_dim: width of the tokens, for ``learn_weights`` outside a QuickMergeModule.
@@ -51,6 +54,7 @@ class QuickMerge(BudgetMerger):
         gate_temperature: float = 0.1,
         eps: float = 0.01,
         novelty: float = 0.0,
+        coverage: float = 0.0,
         salience_weights: tuple[float, float, float] = LOW_ENTROPY,
         seed: int = 0,
         input_dim: int | None = None,
@@ -63,7 +67,9 @@ class QuickMerge(BudgetMerger):
         self.eps = eps
         if not 0.0 <= novelty <= 1.0:
             raise UserError(f"QuickMerge(novelty={novelty}): expected a share in [0, 1]")
-        self.novelty = novelty
+        if not 0.0 <= coverage <= 1.0:
+            raise UserError(f"QuickMerge(coverage={coverage}): expected a share in [0, 1]")
+        self.novelty, self.coverage = novelty, coverage
         if input_dim is not None:
             self.salience.build(input_dim, layers)
 
@@ -97,7 +103,8 @@ class QuickMerge(BudgetMerger):
         scores = salience
         if self.training and self.noise_scale > 0:
             scores = salience + self.noise_scale * self.noise.gumbel(tokens).to(salience.dtype)
-        chosen = top_mask(scores, tokens.mask, counts, tokens.protected)
+        order = spread(tokens, scores, counts, self.coverage) if self.coverage > 0 else scores
+        chosen = top_mask(order, tokens.mask, counts, tokens.protected)
         anchors = chosen_indices(chosen, self.slots(tokens, counts))
         assignment = nearest_anchor(tokens, chosen, anchors, counts, self.locality)
         gate = self._gate(scores, chosen, tokens)

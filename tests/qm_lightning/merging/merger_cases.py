@@ -54,6 +54,11 @@ class Case:
 CASES = [
     Case("NoMerge", lambda _: NoMerge(), keeps_mass=True, averages=True, plain_values=True, budgeted=False),
     Case("QuickMerge", lambda b: QuickMerge(b or FixedBudget()), keeps_mass=True),
+    Case(
+        "QuickMerge-coverage",
+        lambda b: QuickMerge(b or FixedBudget(), coverage=0.6, eps=0.3),
+        keeps_mass=True,
+    ),
     Case("QuickMerge-entropy", lambda b: QuickMerge(b), keeps_mass=True),
     Case(
         "QuickMerge-learned",

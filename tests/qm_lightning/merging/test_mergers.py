@@ -101,3 +101,20 @@ def test_unmerge() -> None:
     assert torch.equal(merged.unmerge()[tokens.mask], tokens.values[tokens.mask])
     pruned = TopKPrune()(tokens)
     assert (pruned.unmerge()[pruned.assignment < 0] == 0).all()
+
+
+def test_coverage_gives_every_part_an_anchor() -> None:
+    """4 x 4 grid, salience rises with the index: alone it takes the last row."""
+    rows, columns = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+    grid = torch.stack([rows, columns], -1).reshape(1, 16, 2)
+    tokens = Tokens(torch.randn(1, 16, 3), torch.ones(1, 16, dtype=torch.bool), grid)
+    salience = torch.arange(16.0)[None] / 16
+
+    def anchors(coverage: float) -> list[list[int]]:
+        merger = QuickMerge(FixedBudget(4), coverage=coverage).eval()
+        return merger.merge(tokens, salience).positions[0].tolist()
+
+    assert anchors(0.0) == [[3, 0], [3, 1], [3, 2], [3, 3]]
+    assert anchors(1.0) == [[1, 1], [1, 3], [3, 1], [3, 3]]
+    with pytest.raises(UserError, match="expected a share"):
+        QuickMerge(coverage=1.5)
