@@ -20,7 +20,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m datamodules", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     index = verbs.add_parser("index", help="index shards from anywhere, and verify them")
-    index.add_argument("root", type=Path)
+    index.add_argument("root")
     index.add_argument("--exclude-bad", action="store_true", help="leave damaged shards out, on record")
     index.add_argument(
         "--split", action="append", default=[], metavar="SPLIT=PATTERN",
@@ -28,7 +28,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     )  # fmt: skip
     index.add_argument("--fields", default="", help="fields that every sample must have, such as jpg,txt")
     verify = verbs.add_parser("verify", help="check shards against their index")
-    verify.add_argument("root", type=Path)
+    verify.add_argument("root")
     verify.add_argument("--sha256", action="store_true", help="compare checksums as well")
     for verb in (index, verify):
         verb.add_argument("--workers", type=int, help="processes (default: all cores for 256 MB and more)")
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             _source(modality, source).prepare(source, out, **options)
             return 0
         root, splits = options["root"], options.get("split")
-        folders = link_splits(root, splits) if splits else shard_folders(root)
+        folders = link_splits(Path(root), splits) if splits else shard_folders(root)
         workers = options["workers"]
         if verb == "index":
             fields = [field for field in options["fields"].split(",") if field]

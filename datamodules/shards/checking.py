@@ -16,18 +16,25 @@ from datamodules.shards.files import sha256_of
 from datamodules.shards.index import build_index, index_path, load_offsets, scan
 from datamodules.shards.manifest import Manifest, ShardEntry
 from datamodules.shards.processes import map_files
+from datamodules.shards.remote import is_url
 
 _PACKED = ("*.tar.gz", "*.tgz", "*.tar.zst", "*.tar.bz2", "*.tar.xz")
 
 _MANY_BYTES = 256 << 20  # below that, starting processes takes longer than it saves
 
 
-def shard_folders(root: Path) -> list[Path]:
-    """Folders at or below `root` that hold shards.
+def shard_folders(place: str) -> list[Path]:
+    """Folders at or below a place that hold shards.
 
     Raises:
         DataError: there is none.
     """
+    if is_url(place):
+        raise DataError(
+            f"{place} is an address, expected a local folder: index shards before they are uploaded; downloads are "
+            "compared with the manifest by themselves"
+        )
+    root = Path(place)
     if folders := sorted({path.parent for path in root.rglob("*.tar")}):
         return folders
     if packed := [path for pattern in _PACKED for path in root.rglob(pattern)]:

@@ -154,6 +154,8 @@ def test_folders_without_shards(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "a.tar.gz").touch()
     assert main(["index", str(tmp_path)]) == 2
     assert "compressed shards" in capsys.readouterr().err
+    assert main(["verify", "s3://bucket/data"]) == 2
+    assert "index shards before they are uploaded" in capsys.readouterr().err
     archive(tmp_path / "a.tar", "x.txt")
     assert main(["verify", str(tmp_path)]) == 2
     assert "python -m datamodules index" in capsys.readouterr().err
