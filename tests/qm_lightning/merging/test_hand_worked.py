@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from qm_lightning.merging import (
     TopKPrune,
     TrimTokenator,
 )
-from qm_lightning.merging.bipartite import match
+from qm_lightning.merging.bipartite import Lanes, even_with_odd, match
 from qm_lightning.merging.pitome import energy
 from qm_lightning.merging.scope import pick_order
 from qm_lightning.merging.trim_tokenator import most_diverse
@@ -78,7 +79,6 @@ class TestToMe:
         """Of four tokens r = 5 removes two; a further matching is needed for more."""
         tokens = angles(0, 20, 100, 110)
         removed = []
-        from qm_lightning.merging.bipartite import Lanes, even_with_odd
 
         def pairing(lanes: Lanes, remove: Tensor) -> Tensor:
             removed.append(int(remove))
@@ -278,6 +278,10 @@ class TestTrimTokenator:
         order = most_diverse(tokens.values, tokens.mask, 3)
         assert sorted(picks(order)) == [0, 1, 2]
 
+    def test_text_that_is_required(self) -> None:
+        with pytest.raises(UserError, match="samples without text"):
+            TrimTokenator(Keep(1), require_text=True)(points((1.0, 0.0), (0.0, 1.0)))
+
     def test_text_of_another_width(self) -> None:
         with pytest.raises(UserError, match="width 2 with a text of width 3"):
             TrimTokenator(Keep(1))(points((1.0, 0.0), (0.0, 1.0), text=(0.0, 0.0, 0.0)))
@@ -296,8 +300,6 @@ class TestEViT:
         with pytest.raises(UserError, match="attention statistics"):
             EViT(Keep(2))(tokens)
         stats = AttentionStats(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4))
-        from dataclasses import replace
-
         with pytest.raises(UserError, match="received=True"):
             EViT(Keep(2))(replace(tokens, attention=stats))
 
