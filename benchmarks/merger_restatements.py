@@ -16,32 +16,34 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def tome(values: Tensor, metric: Tensor, score: Tensor, keep: int) -> Tensor:
-    """One bipartite matching; at most half of the tokens go."""
+def matching(metric: Tensor, removed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ToMe's: the even tokens that go, those that stay, and the odd tokens that the first ones join."""
     unit = F.normalize(metric, dim=-1)
     best, partner = (unit[:, ::2] @ unit[:, 1::2].mT).max(-1)
     order = best.argsort(dim=-1, descending=True)
-    removed = values.shape[1] - keep
-    source, stays = order[:, :removed], order[:, removed:]
-    even, odd = values[:, ::2], values[:, 1::2]
-    joined = partner.gather(1, source).unsqueeze(-1).expand(-1, -1, values.shape[-1])
-    merged = odd.scatter_reduce(1, joined, rows(even, source), "mean", include_self=True)
-    return torch.cat([rows(even, stays), merged], 1)
+    source = order[:, :removed]
+    return source, order[:, removed:], partner.gather(1, source)
+
+
+def joined(values: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """The odd tokens, averaged with the even ones that join them."""
+    index = target.unsqueeze(-1).expand(-1, -1, values.shape[-1])
+    return values[:, 1::2].scatter_reduce(1, index, rows(values[:, ::2], source), "mean", include_self=True)
+
+
+def tome(values: Tensor, metric: Tensor, score: Tensor, keep: int) -> Tensor:
+    """One bipartite matching; at most half of the tokens go."""
+    source, stays, target = matching(metric, values.shape[1] - keep)
+    return torch.cat([rows(values[:, ::2], stays), joined(values, source, target)], 1)
 
 
 def tofu(values: Tensor, metric: Tensor, score: Tensor, keep: int) -> Tensor:
     """ToMe with the largest norm of each group."""
-    unit = F.normalize(metric, dim=-1)
-    best, partner = (unit[:, ::2] @ unit[:, 1::2].mT).max(-1)
-    order = best.argsort(dim=-1, descending=True)
-    removed = values.shape[1] - keep
-    source, stays = order[:, :removed], order[:, removed:]
-    even, odd = values[:, ::2], values[:, 1::2]
-    target = partner.gather(1, source)
-    joined = target.unsqueeze(-1).expand(-1, -1, values.shape[-1])
-    merged = odd.scatter_reduce(1, joined, rows(even, source), "mean", include_self=True)
-    norm = odd.norm(dim=-1).scatter_reduce(1, target, rows(even, source).norm(dim=-1), "amax")
-    return torch.cat([rows(even, stays), F.normalize(merged, dim=-1) * norm.unsqueeze(-1)], 1)
+    source, stays, target = matching(metric, values.shape[1] - keep)
+    norm = values.norm(dim=-1)
+    largest = norm[:, 1::2].scatter_reduce(1, target, norm[:, ::2].gather(1, source), "amax")
+    merged = F.normalize(joined(values, source, target), dim=-1) * largest.unsqueeze(-1)
+    return torch.cat([rows(values[:, ::2], stays), merged], 1)
 
 
 def pitome(values: Tensor, metric: Tensor, score: Tensor, keep: int) -> Tensor:
@@ -56,8 +58,8 @@ def pitome(values: Tensor, metric: Tensor, score: Tensor, keep: int) -> Tensor:
         order[:, 2 * removed :],
     )
     partner = (rows(unit, source) @ rows(unit, target).mT).argmax(-1)
-    joined = partner.unsqueeze(-1).expand(-1, -1, values.shape[-1])
-    merged = rows(values, target).scatter_reduce(1, joined, rows(values, source), "mean", include_self=True)
+    index = partner.unsqueeze(-1).expand(-1, -1, values.shape[-1])
+    merged = rows(values, target).scatter_reduce(1, index, rows(values, source), "mean", include_self=True)
     return torch.cat([rows(values, stays), merged], 1)
 
 

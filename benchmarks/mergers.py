@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import merger_restatements as plain
+from benchmarks.attention import least_times
 from qm_lightning import merging
 from qm_lightning.merging.base import Merger
 from qm_lightning.merging.scope import pick_order
@@ -73,19 +74,6 @@ def make_tokens(tokens: int) -> Tokens:
     )
 
 
-def least_times(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """CPU seconds of each function: the least of ``repeats`` rounds, each round running all of them."""
-    least = [math.inf] * len(functions)
-    for function in functions:
-        function()
-    for _ in range(repeats):
-        for i, function in enumerate(functions):
-            start = time.process_time()
-            function()
-            least[i] = min(least[i], time.process_time() - start)
-    return least
-
-
 @torch.no_grad()
 def measure(sizes: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """Seconds of every merger, its plain re-statement and a clone, at every size."""
@@ -101,7 +89,7 @@ def measure(sizes: Sequence[int], repeats: int) -> list[dict[str, Any]]:
             functions: list[Callable[[], object]] = [tokens.values.clone, partial(merger, tokens)]
             if restated is not None and (name != "SCOPE" or n <= NAIVE_LIMIT):
                 functions.append(partial(restated, tokens.values, keys, score, keep))
-            times = least_times(functions, max(1, repeats // 3) if slow else repeats)
+            times = least_times(functions, max(1, repeats // 3) if slow else repeats, time.process_time)
             found.append(
                 {"merger": name, "tokens": n, "clone": times[0], "ours": times[1]}
                 | ({"plain": times[2]} if len(times) > 2 else {})
@@ -118,7 +106,9 @@ def measure_scope(repeats: int) -> dict[str, Any]:
     mask = torch.ones(BATCH, SCOPE_TOKENS, dtype=torch.bool)
     salience = torch.rand(BATCH, SCOPE_TOKENS, generator=random)
     product, picks = least_times(
-        [lambda: torch.bmm(unit, unit.mT), lambda: pick_order(unit, salience, mask, SCOPE_PICKS)], repeats
+        [lambda: torch.bmm(unit, unit.mT), lambda: pick_order(unit, salience, mask, SCOPE_PICKS)],
+        repeats,
+        time.process_time,
     )
     return {"tokens": SCOPE_TOKENS, "picks": SCOPE_PICKS, "width": WIDTH, "product": product, "scope": picks}
 
