@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -82,10 +82,14 @@ class NXTPModule(QuickMergeModule):
                 f"NXTPModule got a {type(self.prior).__name__}; expected a LabelPrior; set model.prior to "
                 "qm_lightning.priors.LabelPrior"
             )
-        self.labels: LabelPrior = self.prior
         self.decoding = decoding or LabelDecoding()
         self.scores = LabelScores(encoder, self.decoding.top_k)
         self.start_from = start_from
+
+    @property
+    def labels(self) -> LabelPrior:
+        """The prior; a second attribute would put its weights into checkpoints twice."""
+        return cast(LabelPrior, self.prior)
 
     def setup(self, stage: str) -> None:
         """See that the data gives label sets, and take the weights to start from; a checkpoint that is resumed follows.

@@ -25,10 +25,15 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `prepare image` for a folder."""
-    parser.add_argument("--captions", type=Path, help="CSV with a row per picture, instead of class folders")
+    add_table_arguments(parser)
+    add_own_arguments(parser)
+
+
+def add_table_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of a table that names the texts of pictures or clips."""
+    parser.add_argument("--captions", type=Path, help="CSV with a row per sample, instead of class folders")
     parser.add_argument("--file_column", default="file", help="its column of paths below the source")
     parser.add_argument("--caption_column", default="caption", help="its column of captions or class names")
-    add_own_arguments(parser)
 
 
 def prepare(

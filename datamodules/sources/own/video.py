@@ -11,7 +11,7 @@ from datamodules.errors import DataError
 from datamodules.processing.clips import CONTAINERS, open_clip
 from datamodules.sources.own.checking import BadFileError, Found
 from datamodules.sources.own.files import files_below, named_split, split_folders, stamp
-from datamodules.sources.own.image import picture_extension, read_table
+from datamodules.sources.own.image import add_table_arguments, picture_extension, read_table
 from datamodules.sources.own.preparing import Options, add_own_arguments, prepare_own
 
 FRAMES = (".jpg", ".jpeg", ".png")
@@ -20,9 +20,7 @@ FRAMES = (".jpg", ".jpeg", ".png")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `prepare video` for a folder."""
     parser.add_argument("--min_frames", type=int, default=1, help="shorter clips are skipped")
-    parser.add_argument("--captions", type=Path, help="CSV with a row per clip, instead of class folders")
-    parser.add_argument("--file_column", default="file", help="its column of paths below the source")
-    parser.add_argument("--caption_column", default="caption", help="its column of captions or class names")
+    add_table_arguments(parser)
     add_own_arguments(parser)
 
 
