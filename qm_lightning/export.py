@@ -179,6 +179,11 @@ def _config(module: Any, facts: dict[str, Any]) -> dict[str, Any]:
                 f"the {part} is a {type(getattr(module, part)).__name__}; expected one of qm_lightning's or a "
                 "subclass of them, which know their own arguments"
             )
+    if getattr(module.merger, "inside", False):
+        raise UserError(
+            f"the merger is a {type(module.merger).__name__}, which works between the layers of the backbone, "
+            "and an export holds no backbone; expected a merger behind it; go on from the checkpoint instead"
+        )
     backbone = module.backbone
     return {
         "format": FORMAT,
