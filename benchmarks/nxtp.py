@@ -65,10 +65,20 @@ def main() -> None:
 
 
 def train(path: Path, kind: str, seed: int, steps: int, data: str) -> None:
-    """One training through the command line, unless it is there."""
+    """One training through the command line, unless it is there; one that was interrupted goes on."""
     if (path / "checkpoints" / f"step_{steps:08d}.ckpt").is_file():
         return
-    flags = ["--fresh", "true", "--logger.wandb", "false", "--trainer.enable_progress_bar", "false"]
+    begun = (path / "checkpoints" / "last.ckpt").is_file()
+    start = ["--ckpt_path", "last"] if begun else ["--fresh", "true"]
+    flags = [
+        *start,
+        "--checkpoint_every",
+        "50",
+        "--logger.wandb",
+        "false",
+        "--trainer.enable_progress_bar",
+        "false",
+    ]
     command = [sys.executable, "train.py", "fit", *RUNS[kind], *flags, "--run_dir", str(path)]
     command += ["--seed_everything", str(seed), "--trainer.max_steps", str(steps), "--data.root", data]
     subprocess.run(command, cwd=ROOT, check=True)
