@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,25 +58,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        results = {
-            "configuration": {
-                "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
-                "cores": os.cpu_count(), "threads": 1, "load_average": os.getloadavg(), "batch": 64,
-                "experiment": "configs/experiment/image.yaml, backbone not trained", **vars(chosen),
-            },
-            "step": step_overhead(folder, chosen.steps, chosen.rounds),
-            "checkpoint": checkpoint_cost(folder),
-            "preemption": preemption(folder, chosen.ranks),
-        }  # fmt: skip
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        results: dict[str, Any] = {"configuration": configuration(chosen)}
+        parts = {
+            "checkpoint": lambda: checkpoint_cost(folder),
+            "preemption": lambda: preemption(folder, chosen.ranks),
+            "step": lambda: step_overhead(folder, chosen.steps, chosen.rounds),
+        }
+        for part, measure in parts.items():
+            results[part] = measure()
+            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     _print(results)
+
+
+def configuration(chosen: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(), "threads": 1, "load_average": os.getloadavg(), "batch": 64,
+        "experiment": "configs/experiment/image.yaml, backbone not trained", **vars(chosen),
+    }  # fmt: skip
 
 
 def prepare(folder: Path) -> None:
     """Digit scenes as shards, and a backbone of the demo's size."""
-    for split, count in (("train", 2000), ("val", 64)):
-        write_shards(folder / "data", split, DigitScenes(split, count, 0), shard_size=500, progress=False)
+    for split, count in (("train", 640), ("val", 64)):
+        write_shards(folder / "data", split, DigitScenes(split, count, 0), shard_size=200, progress=False)
     model = small_vit()
     save_backbone(model, folder / "backbone", preprocessing_of(model))
 
@@ -109,7 +116,7 @@ class StepClock(pl.Callback):
     def medians(self) -> tuple[float, float]:
         """CPU and wall seconds of a step."""
         counted = self.ends[WARM_UP:]
-        spans = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(counted[:-1], counted[1:], strict=True)]
+        spans = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(counted)]
         cpu, wall = zip(*spans, strict=True)
         return statistics.median(cpu), statistics.median(wall)
 

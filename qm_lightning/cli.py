@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from datamodules.errors import DataError
 from qm_lightning import __version__
 from qm_lightning.errors import UserError
+from qm_lightning.runtime.option_errors import explain
 
 VERBS: dict[str, tuple[str, str]] = {
     "fit": ("train", "train merger and prior on a frozen backbone (or pre-train a small backbone)"),
@@ -76,7 +77,7 @@ def exit_code(call: Callable[[], int]) -> int:
         mistake = _mistake(error)
         if mistake is None:
             raise
-        print(_one_line(mistake), file=sys.stderr)
+        print(_one_line(UserError(explain(str(mistake)))), file=sys.stderr)
         return USAGE_ERROR
 
 
