@@ -37,8 +37,11 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and leave with exit code 2."""
-        known = [name for action in self._actions for name in action.option_strings]
-        raise UserError(explain(message, known))
+        if "unrecognized" in message:
+            known = [name for action in self._actions for name in action.option_strings]
+            raise UserError(explain(message, known))
+        # A parser of a class's arguments raises this inside another parser, which adds where the class stands.
+        raise UserError(" ".join(message.split()))
 
 
 class QuickMergeCLI(LightningCLI):
