@@ -18,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -62,7 +63,7 @@ def main() -> None:
         folder = Path(name)
         prepare(folder)
         results: dict[str, Any] = {"configuration": configuration(chosen)}
-        parts = {
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
             "checkpoint": lambda: checkpoint_cost(folder),
             "preemption": lambda: preemption(folder, chosen.ranks),
             "step": lambda: step_overhead(folder, chosen.steps, chosen.rounds),
@@ -84,7 +85,8 @@ def configuration(chosen: argparse.Namespace) -> dict[str, Any]:
 
 def prepare(folder: Path) -> None:
     """Digit scenes as shards, and a backbone of the demo's size."""
-    for split, count in (("train", 640), ("val", 64)):
+    sizes: dict[Literal["train", "val", "test"], int] = {"train": 640, "val": 64}
+    for split, count in sizes.items():
         write_shards(folder / "data", split, DigitScenes(split, count, 0), shard_size=200, progress=False)
     model = small_vit()
     save_backbone(model, folder / "backbone", preprocessing_of(model))
