@@ -62,14 +62,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        results: dict[str, Any] = {"configuration": configuration(chosen)}
+        # Parts that were measured before, each with its own configuration, are kept.
+        results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "checkpoint": lambda: checkpoint_cost(folder),
             "preemption": lambda: preemption(folder, chosen.ranks),
             "step": lambda: step_overhead(folder, chosen.steps, chosen.rounds),
         }
         for part in chosen.parts:
-            results[part] = parts[part]()
+            results[part] = {"configuration": configuration(chosen), **parts[part]()}
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     _print(results)
 
@@ -263,7 +264,8 @@ def _print(results: dict[str, Any]) -> None:
         table.add_row("saving all / ours, seconds", f"{checkpoint['seconds_ratio']:.0f}", ">= 50")
         table.add_row("saving all / ours, bytes", f"{checkpoint['bytes_ratio']:.0f}", ">= 50")
     for name, seconds in results.get("preemption", {}).items():
-        table.add_row(name, f"{seconds:.1f} s", "")
+        if name != "configuration":
+            table.add_row(name, f"{seconds:.1f} s", "")
     Console().print(table, f"written to {RESULTS}")
 
 
