@@ -160,6 +160,12 @@ def against_webdataset(root: Path, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def endless(loader: Loader) -> Iterator[dict[str, Any]]:
+    """Pass after pass, as a mixture reads a part."""
+    while True:
+        yield from loader
+
+
 def mixture_against_parts(root: Path, repeats: int, cycles: int = 6) -> dict[str, Any]:
     """One mixture's batches against the same numbers of batches from each part alone, in the same process."""
     mixture = MixtureDataModule(dict(parts(root)), dict(WEIGHTS))
@@ -168,7 +174,7 @@ def mixture_against_parts(root: Path, repeats: int, cycles: int = 6) -> dict[str
     for _ in range(repeats):
         alone = {}
         for name, part in parts(root).items():
-            loader = iter(part.endless_dataloader())
+            loader = endless(part.endless_dataloader())
             next(loader)
             alone[name] = seconds(islice(loader, WEIGHTS[name] * cycles)) / (WEIGHTS[name] * cycles)
         batches: Iterator[dict[str, Any]] = iter(mixture.train_dataloader())

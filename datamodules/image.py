@@ -8,19 +8,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from datamodules.base import ShardDataModule
+from datamodules.pixel_base import PixelDataModule
 from datamodules.processing.fields import PATCHES_FIELD, read_picture
 from datamodules.processing.labels import LabelReader, TargetKind
 from datamodules.processing.pixel_config import pixel_transform
-from datamodules.processing.targets import pad_targets
 from datamodules.shards.decode import decode_field
-from datamodules.shards.stream import Batch
 
 
-class ImageDataModule(ShardDataModule):
+class ImageDataModule(PixelDataModule):
     """Pictures and their target sequences, with the pixels that the backbone was trained on.
 
     Samples hold a `png`, `jpg` or `jpeg`, and `digits.json` (a list of digits) or `txt` (a class name or a
@@ -76,22 +72,3 @@ class ImageDataModule(ShardDataModule):
             labels = np.asarray(decode_field(PATCHES_FIELD, fields[PATCHES_FIELD]), dtype=np.int64)
             sample["patch_labels"] = torch.from_numpy(labels.reshape(-1))
         return sample
-
-    def collate(self, samples: list[dict[str, Any]]) -> Batch:
-        """`inputs.pixel_values` float [B,C,H,W], `targets` long [B,T]; `patch_labels` long [B,N] if any."""
-        pixels = torch.stack([s["pixels"] for s in samples])
-        batch: Batch = {
-            "inputs": {"pixel_values": self.pixels.normalise(pixels)},
-            "targets": pad_targets([s["targets"] for s in samples], self._target_length),
-        }
-        if all("patch_labels" in s for s in samples):
-            batch["patch_labels"] = torch.stack([s["patch_labels"] for s in samples])
-        return batch
-
-    def decode_targets(self, ids: Tensor) -> str:
-        """Digits with spaces between them, or text; long [T]."""
-        return self._vocabulary.decode(ids)
-
-    def describe_input(self, batch: Batch, i: int) -> NDArray[np.float32]:
-        """Picture i as [H,W] or [H,W,3] float32 in [0,1]."""
-        return self.pixels.picture(batch["inputs"]["pixel_values"][i])

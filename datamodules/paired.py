@@ -6,23 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from numpy import float32
-from numpy.typing import NDArray
-from torch import Tensor
-
-from datamodules.base import ShardDataModule
 from datamodules.errors import DataError
+from datamodules.pixel_base import PixelDataModule
 from datamodules.processing.context import text_reader
 from datamodules.processing.fields import CAPTION_FIELD, QUESTION_FIELD, read_picture
 from datamodules.processing.pixel_config import pixel_transform
-from datamodules.processing.targets import pad_targets
-from datamodules.processing.tokenizer import BYTES, text_targets
+from datamodules.processing.targets import ByteTargets
+from datamodules.processing.tokenizer import BYTES, TokenTargets, text_targets
 from datamodules.shards.decode import decode_field
 from datamodules.shards.stream import Batch
 
 
-class PairedDataModule(ShardDataModule):
+class PairedDataModule(PixelDataModule):
     """Pictures, their captions as targets, and questions as the context that a merger may read.
 
     Samples hold a `png`, `jpg` or `jpeg` and a caption: `txt`, or an entry of `json`; `question.txt` if there are
@@ -49,6 +44,7 @@ class PairedDataModule(ShardDataModule):
     """
 
     modality: ClassVar[str] = "paired"
+    _vocabulary: ByteTargets | TokenTargets
 
     def __init__(
         self,
@@ -102,19 +98,7 @@ class PairedDataModule(ShardDataModule):
 
         `context` has `input_ids` and `attention_mask`, long [B,N] each.
         """
-        pixels = torch.stack([s["pixels"] for s in samples])
-        batch: Batch = {
-            "inputs": {"pixel_values": self.pixels.normalise(pixels)},
-            "targets": pad_targets([s["targets"] for s in samples], self._target_length),
-        }
+        batch = super().collate(samples)
         if all("question" in s for s in samples):
             batch["context"] = self.questions.batch([s["question"] for s in samples])
         return batch
-
-    def decode_targets(self, ids: Tensor) -> str:
-        """The caption, long [T]."""
-        return self._vocabulary.decode(ids)
-
-    def describe_input(self, batch: Batch, i: int) -> NDArray[float32]:
-        """Picture i as [H,W] or [H,W,3] float32 in [0,1]."""
-        return self.pixels.picture(batch["inputs"]["pixel_values"][i])

@@ -10,16 +10,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from datamodules.base import ShardDataModule
 from datamodules.errors import DataError
+from datamodules.pixel_base import PixelDataModule
 from datamodules.processing.clips import open_clip
 from datamodules.processing.fields import PATCHES_FIELD
 from datamodules.processing.labels import LabelReader, TargetKind
 from datamodules.processing.pixel_config import pixel_transform
 from datamodules.processing.pretrained import read_model_json
-from datamodules.processing.targets import pad_targets
 from datamodules.shards.decode import decode_field
 from datamodules.shards.stream import Batch, Decode
 from datamodules.sources.scenes import BACKGROUND
@@ -27,7 +25,7 @@ from datamodules.sources.scenes import BACKGROUND
 FRAMES = 8  # of a window, where neither the data nor the backbone says
 
 
-class VideoDataModule(ShardDataModule):
+class VideoDataModule(PixelDataModule):
     """Windows of clips and their target sequences, with the pixels that the backbone was trained on.
 
     Samples hold a clip (see `datamodules.processing.clips`) and `digits.json` or `txt`; `patches.npy` (uint8 [F,N],
@@ -122,21 +120,6 @@ class VideoDataModule(ShardDataModule):
             )
         start = int(place * (spare + 1))
         return list(range(start, start + self.frames * self.stride, self.stride))
-
-    def collate(self, samples: list[dict[str, Any]]) -> Batch:
-        """`inputs.pixel_values` float [B,F,C,H,W], `targets` long [B,T]; `patch_labels` long [B,N] if any."""
-        pixels = torch.stack([s["pixels"] for s in samples])
-        batch: Batch = {
-            "inputs": {"pixel_values": self.pixels.normalise(pixels)},
-            "targets": pad_targets([s["targets"] for s in samples], self._target_length),
-        }
-        if all("patch_labels" in s for s in samples):
-            batch["patch_labels"] = torch.stack([s["patch_labels"] for s in samples])
-        return batch
-
-    def decode_targets(self, ids: Tensor) -> str:
-        """Digits with spaces between them, or text; long [T]."""
-        return self._vocabulary.decode(ids)
 
     def describe_input(self, batch: Batch, i: int) -> NDArray[np.float32]:
         """Window i as [F,H,W] or [F,H,W,3] float32 in [0,1]."""

@@ -8,18 +8,17 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qm_lightning.backbones.small import preprocessing_of, save_backbone
 from qm_lightning.errors import UserError
 from qm_lightning.losses import global_mean
-from qm_lightning.modules.optim import OptimizerOptions, build_optimizer
+from qm_lightning.modules.optim import OptimizerOptions
+from qm_lightning.modules.shared_steps import SharedStepModule
 
 
-class BackbonePretrainModule(LightningModule):
+class BackbonePretrainModule(SharedStepModule):
     """A small transformer trained from scratch on dense labels or on the next token.
 
     Args:
@@ -61,7 +60,8 @@ class BackbonePretrainModule(LightningModule):
         # Class and register tokens come first and have no label.
         return self.head(hidden[:, hidden.shape[1] - labels.shape[1] :]), labels
 
-    def _shared_step(self, batch: dict[str, Any], stage: str) -> Tensor:
+    def shared_step(self, batch: dict[str, Any], stage: str) -> Tensor:
+        """Loss of one batch, with its measures logged."""
         logits, labels = self._logits_and_labels(batch)
         labels = labels.masked_fill(~batch["valid"][:, None], -100)
         counted = labels != -100
@@ -76,22 +76,6 @@ class BackbonePretrainModule(LightningModule):
         self.log(f"{stage}/quality/nats", loss, batch_size=size, sync_dist=stage != "train")
         self.log(f"{stage}/quality/top1", share, prog_bar=True, batch_size=size, sync_dist=stage != "train")
         return loss
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Loss of one batch."""
-        return self._shared_step(batch, "train")
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Loss and accuracy on validation shards."""
-        self._shared_step(batch, "val")
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Loss and accuracy on test shards."""
-        self._shared_step(batch, "test")
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with warm-up and cosine over ``trainer.max_steps``."""
-        return build_optimizer(self.named_parameters(), self.options, self.trainer.max_steps)
 
     def on_fit_end(self) -> None:
         """Save the backbone (without the head) under a temporary name, then rename."""

@@ -8,19 +8,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from qm_lightning.backbones import HFBackbone
 from qm_lightning.backbones.words import save_words
 from qm_lightning.errors import UserError
 from qm_lightning.losses import global_mean
-from qm_lightning.modules.optim import OptimizerOptions, build_optimizer
+from qm_lightning.modules.optim import OptimizerOptions
+from qm_lightning.modules.shared_steps import SharedStepModule
 from qm_lightning.runtime.frozen import FrozenBackboneMixin
 
 
-class WordVectorsModule(FrozenBackboneMixin, LightningModule):
+class WordVectorsModule(FrozenBackboneMixin, SharedStepModule):
     """Word vectors in the space of a frozen picture backbone, by learning from multiple instances (ours).
 
     A word is likely in the text if at least one token of the picture is like its vector: the soft maximum of the
@@ -56,7 +55,8 @@ class WordVectorsModule(FrozenBackboneMixin, LightningModule):
         cosine = unit @ F.normalize(self.table, dim=-1).T
         return cosine.masked_fill(~tokens.mask.unsqueeze(-1), -1.0)
 
-    def _shared_step(self, batch: dict[str, Any], stage: str) -> Tensor:
+    def shared_step(self, batch: dict[str, Any], stage: str) -> Tensor:
+        """Loss of one batch, with its measures logged."""
         if "context" not in batch:
             raise UserError(
                 "the batch has no context; expected pictures with questions, as a PairedDataModule gives them; prepare "
@@ -72,22 +72,6 @@ class WordVectorsModule(FrozenBackboneMixin, LightningModule):
         self.log(f"{stage}/loss/total", loss, prog_bar=True, batch_size=size, sync_dist=stage != "train")
         self.log(f"{stage}/quality/nats", loss, batch_size=size, sync_dist=stage != "train")
         return loss
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Loss of one batch."""
-        return self._shared_step(batch, "train")
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Loss on validation shards."""
-        self._shared_step(batch, "val")
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Loss on test shards."""
-        self._shared_step(batch, "test")
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with warm-up and cosine over ``trainer.max_steps``."""
-        return build_optimizer(self.named_parameters(), self.options, self.trainer.max_steps)
 
     def on_fit_end(self) -> None:
         """Save the vectors."""
