@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return log
 
 
+def since_the_last_step(trace: Path) -> float:
+    """Seconds since a rank last wrote down a step: how long leaving took, without what starting took."""
+    return time.time() - max(path.stat().st_mtime for path in trace.iterdir())
+
+
 def slurm(scontrol: Path, **settings: object) -> Attempt:
     path = f"{scontrol.parent / 'bin'}:{os.environ['PATH']}"
     return Attempt(launcher="slurm", world=2, env={"PATH": path}, **settings)  # type: ignore[arg-type]
@@ -39,7 +45,7 @@ def test_a_signal_on_one_rank_brings_all_to_the_same_step(rank: int, shards: Pat
     assert f"saved step 5 to {tmp_path}/run/checkpoints/last.ckpt, exit code 75" in outcomes[0].text
     assert read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 5
     assert [len(traced(tmp_path / "trace", r)) for r in (0, 1)] == [5, 5]
-    assert max(o.seconds for o in outcomes) < 20
+    assert since_the_last_step(tmp_path / "trace") < 20
 
 
 @pytest.mark.slow
@@ -86,7 +92,7 @@ def test_a_killed_rank_ends_the_others_at_once(shards: Path, tmp_path: Path) -> 
     outcomes = run(attempt, shards, tmp_path / "run", tmp_path / "trace")
     assert outcomes[1].code == -signal.SIGKILL
     assert outcomes[0].code not in (0, 75)
-    assert outcomes[0].seconds < 20
+    assert since_the_last_step(tmp_path / "trace") < 20
 
 
 def test_a_silent_rank_ends_the_others_within_the_timeout(shards: Path, tmp_path: Path) -> None:
