@@ -28,7 +28,7 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self._flops: float | None = None
-        self._watching = True
+        self._watching, self._warm = True, False
         self._handle: Any = None
         self._began = self._waited = 0.0
         self._fetch_began = self._pause_began = 0.0
@@ -44,6 +44,7 @@ class Throughput(Callback):
         time_fetching(trainer, self._before_fetch, self._after_fetch)
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
+        self._warm = False
         self._restart()
 
     def _before_fetch(self) -> None:
@@ -82,7 +83,11 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what has gathered."""
+        """Log what has gathered; the first batch is left out, since its data came before the clock ran."""
+        if not self._warm:
+            self._warm = True
+            self._restart()
+            return
         self._batches += 1
         if isinstance(batch, dict) and isinstance(batch.get("valid"), Tensor):
             self._samples.append(batch["valid"].sum())

@@ -9,10 +9,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from qm_lightning.commands import checkup
+from qm_lightning.commands.checkup import Finding
 from qm_lightning.commands.report import OneLineParser
 from qm_lightning.errors import UserError
-from qm_lightning.runtime import checkup
-from qm_lightning.runtime.checkup import Finding
 from qm_lightning.runtime.experiment_file import lookup, read_experiment
 
 

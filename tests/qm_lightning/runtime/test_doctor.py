@@ -8,8 +8,8 @@ import pytest
 from training_runs import free_port, write_shards
 
 from qm_lightning.cli import main
+from qm_lightning.commands import checkup
 from qm_lightning.errors import UserError
-from qm_lightning.runtime import checkup
 from qm_lightning.runtime.experiment_file import lookup, read_experiment
 from qm_lightning.runtime.rank_facts import RankFacts, config_hash, differences
 
