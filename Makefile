@@ -18,7 +18,7 @@ setup: .venv/.ready
 MERGERS ?= QuickMerge,NoMerge,UniformPool,RandomPrune,TopKPrune,ToMe
 COMPRESSIONS ?= 2.37
 SEEDS ?= 1
-STEPS ?= 400
+STEPS ?= 200
 BACKBONE ?=
 
 demo: setup demo-image demo-text

@@ -97,7 +97,7 @@ def test_explicit_values_win_over_stored_ones_and_are_printed(
     text = capsys.readouterr().out
     assert "2 settings differ" in text
     assert "learning_rate: 0.002 -> 0.25" in text
-    assert "new schedule from step 2 on (learning rate 0.001 -> 0.25)" in text
+    assert "new schedule from step 2 on (learning rate 0.002 -> 0.25)" in text
     groups = torch.load("run/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
     assert groups[0]["initial_lr"] == 0.25
 
