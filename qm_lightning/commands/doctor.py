@@ -75,7 +75,9 @@ def examine(options: argparse.Namespace, tree: dict[str, Any]) -> list[Finding]:
         ("W&B", checkup.check_tracking),
     ]
     if data is not None and "://" in str(data):
-        checks.append(("shards", lambda: [Finding("shards", "warn", f"{data} is remote: not looked at here")]))
+        checks.append(
+            ("shards", lambda: [Finding("shards", "warn", f"{data} is remote: not looked at here")])
+        )
     elif data is not None:
         checks.append(("shards", lambda: checkup.check_shards(Path(data))))
     if backbone is not None:
