@@ -89,10 +89,15 @@ def test_stopping_asks_the_cells_to_save(tmp_path: Path) -> None:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell starts background jobs with SIGINT ignored, and a test run may be one.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt).start()
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        run(cells, dict.fromkeys(("A", "B"), compare_cases.wait_for_sigterm))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(cells, dict.fromkeys(("A", "B"), compare_cases.wait_for_sigterm))
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert time.monotonic() - started < GRACE
     assert (tmp_path / "A" / "stopped").exists()
     assert not (tmp_path / "B").exists()

@@ -153,6 +153,9 @@ def test_a_full_disk_is_named(small_disk: Path) -> None:
 
 
 def _save_for_ever(path: Path) -> None:
+    torch.set_num_threads(
+        1
+    )  # a forked process cannot use its parent's OpenMP threads: it would wait for ever
     io, step = AtomicCheckpointIO(), 0
     while True:
         step += 1
