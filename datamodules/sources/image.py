@@ -15,7 +15,7 @@ from datamodules.sources.digits import load_scans
 from datamodules.sources.encoding import json_bytes, npy_bytes, png_bytes
 from datamodules.sources.scenes import Scene, draw_scene
 from datamodules.sources.splits import SPLITS, Split
-from datamodules.sources.writing import add_common_arguments, write_splits
+from datamodules.sources.writing import add_common_arguments, add_count_arguments, write_splits
 
 DEFAULT_COUNTS: dict[Split, int] = {"train": 40000, "val": 500, "test": 1000}
 
@@ -55,8 +55,7 @@ class DigitScenes:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `prepare image`."""
-    for split, count in DEFAULT_COUNTS.items():
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"scenes to draw (default {count})")
+    add_count_arguments(parser, DEFAULT_COUNTS, "scenes")
     add_common_arguments(parser)
 
 

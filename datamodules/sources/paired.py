@@ -16,7 +16,7 @@ from datamodules.sources.digits import load_scans
 from datamodules.sources.encoding import json_bytes, npy_bytes, png_bytes
 from datamodules.sources.scenes import Scene, draw_scene
 from datamodules.sources.splits import SPLITS, Split
-from datamodules.sources.writing import add_common_arguments, write_splits
+from datamodules.sources.writing import add_common_arguments, add_count_arguments, write_splits
 
 DEFAULT_COUNTS: dict[Split, int] = {"train": 10000, "val": 500, "test": 1000}
 DIGITS = (2, 3)  # fewest and most digits of a scene
@@ -63,8 +63,7 @@ class CaptionedScenes:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `prepare paired`."""
-    for split, count in DEFAULT_COUNTS.items():
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"scenes to draw (default {count})")
+    add_count_arguments(parser, DEFAULT_COUNTS, "scenes")
     add_common_arguments(parser)
 
 

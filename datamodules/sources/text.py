@@ -15,7 +15,7 @@ from datamodules.shards.writer import SampleSource
 from datamodules.sources.documents import stdlib_documents
 from datamodules.sources.splits import SPLITS, Split
 from datamodules.sources.text_tasks import TASKS, Lengths
-from datamodules.sources.writing import add_common_arguments, write_splits
+from datamodules.sources.writing import add_common_arguments, add_count_arguments, write_splits
 
 DEFAULT_COUNTS: dict[Split, int] = {"train": 20000, "val": 500, "test": 1000}
 DEFAULT_TASK = "symbols"
@@ -70,11 +70,10 @@ def _cumulative(split: Split) -> NDArray[np.float64]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `prepare text`."""
+    add_count_arguments(parser, DEFAULT_COUNTS, "samples")
     parser.add_argument("--task", choices=sorted(TASKS), default=DEFAULT_TASK, help="what the target is")
     parser.add_argument("--context_bytes", type=int, default=256)
     parser.add_argument("--target_bytes", type=int, default=64, help="longer targets are cut")
-    for split, count in DEFAULT_COUNTS.items():
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"samples to draw (default {count})")
     add_common_arguments(parser)
 
 

@@ -15,7 +15,7 @@ from datamodules.sources.digits import load_scans
 from datamodules.sources.encoding import json_bytes, npy_bytes, png_bytes
 from datamodules.sources.moving import FRAMES, Clip, draw_clip
 from datamodules.sources.splits import SPLITS, Split
-from datamodules.sources.writing import add_common_arguments, write_splits
+from datamodules.sources.writing import add_common_arguments, add_count_arguments, write_splits
 
 DEFAULT_COUNTS: dict[Split, int] = {"train": 4000, "val": 300, "test": 600}
 
@@ -57,8 +57,7 @@ class DigitClips:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `prepare video`."""
-    for split, count in DEFAULT_COUNTS.items():
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"clips to draw (default {count})")
+    add_count_arguments(parser, DEFAULT_COUNTS, "clips")
     parser.add_argument("--frames", type=int, default=FRAMES, help=f"frames of a clip (default {FRAMES})")
     add_common_arguments(parser)
 

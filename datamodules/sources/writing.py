@@ -12,8 +12,21 @@ from typing import Any
 from datamodules.errors import DataError
 from datamodules.shards.files import write_atomic
 from datamodules.shards.writer import SampleSource, write_shards
+from datamodules.sources.splits import Split
 
 RECIPE_NAME = "prepared.json"
+
+
+def add_count_arguments(parser: argparse.ArgumentParser, counts: Mapping[Split, int], what: str) -> None:
+    """Options of a source that draws its samples: how many of each split.
+
+    Args:
+        parser: of the modality.
+        counts: defaults by split.
+        what: a sample's name in the plural.
+    """
+    for split, count in counts.items():
+        parser.add_argument(f"--{split}", type=int, default=count, help=f"{what} to draw (default {count})")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -35,14 +35,9 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(
-    root: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> Iterator[FileServer]:
+def server(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     monkeypatch.setattr(remote_module, "PAUSES", (0.01, 0.01, 0.01))
     monkeypatch.setattr(remote_module, "RANGE_BYTES", RANGE)
-    # Short for the servers that stall, and longer than a busy machine's pauses where bytes are counted.
-    counted = "same_batches" in request.node.name or "share_one_cache" in request.node.name
-    monkeypatch.setattr(remote_module, "STALL_SECONDS", 30.0 if counted else 0.4)
     with serving(root) as running:
         yield running
 
@@ -102,8 +97,10 @@ def test_several_ranges_are_in_flight(server: FileServer, tmp_path: Path) -> Non
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
 @pytest.mark.parametrize("fault", ["", "500", "html", "cut", "stall"])
 def test_a_server_that_fails_for_a_while(
-    fault: str, ranges: bool, server: FileServer, tmp_path: Path
+    fault: str, ranges: bool, server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if fault == "stall":
+        monkeypatch.setattr(remote_module, "STALL_SECONDS", 0.4)
     server.fault, server.failures, server.ranges = fault, 1 if fault == "stall" else 2, ranges
     found = source(server, tmp_path / "cache")
     for name in ("numbers-003.tar", "numbers-003.tar.idx", "numbers-001.tar"):
@@ -120,7 +117,11 @@ def test_a_server_that_fails_for_a_while(
         ("403", "HTTP 403"),
     ],
 )
-def test_a_server_that_fails_for_good(fault: str, said: str, server: FileServer, tmp_path: Path) -> None:
+def test_a_server_that_fails_for_good(
+    fault: str, said: str, server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault == "stall":
+        monkeypatch.setattr(remote_module, "STALL_SECONDS", 0.4)
     found = source(server, tmp_path / "cache")
     server.fault, server.failures = fault, 10**6
     with pytest.raises(DataError) as error:
