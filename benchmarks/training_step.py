@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,6 +24,7 @@ from qm_lightning.backbones import HFBackbone
 from qm_lightning.backbones.small import preprocessing_of, save_backbone, small_vit
 from qm_lightning.merging import EntropyBudget, QuickMerge
 from qm_lightning.modules import QuickMergeModule
+from qm_lightning.modules.optim import build_optimizer
 from qm_lightning.priors import ARPrior
 
 BATCH, CLIP = 64, 1.0
@@ -79,7 +81,7 @@ def make_batch(seed: int) -> dict[str, Any]:
 def bare(module: QuickMergeModule, batches: list[dict[str, Any]], steps: int) -> float:
     """Seconds of a step in a loop that does no more than it must."""
     module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign,assignment]
-    recipe: Any = build(module, steps)
+    recipe: Any = build_optimizer(module.named_parameters(), module.options, steps)
     optimizer, schedule = recipe["optimizer"], recipe["lr_scheduler"]["scheduler"]
     module.train()
     start = time.perf_counter()
@@ -93,17 +95,8 @@ def bare(module: QuickMergeModule, batches: list[dict[str, Any]], steps: int) ->
     return (time.perf_counter() - start) / steps
 
 
-def build(module: QuickMergeModule, steps: int) -> Any:
-    """Optimizer and schedule without a trainer."""
-    from qm_lightning.modules.optim import build_optimizer
-
-    return build_optimizer(module.named_parameters(), module.options, steps)
-
-
 def through_lightning(module: QuickMergeModule, batches: list[dict[str, Any]], steps: int) -> float:
     """Seconds of a step in ``Trainer.fit``, from the first batch's start to the last one's end."""
-    from lightning.pytorch.callbacks import LambdaCallback
-
     stamps: list[float] = []
 
     def stamp(*_: Any) -> None:

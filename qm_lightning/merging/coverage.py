@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qm_lightning.merging.select import ranks
 from qm_lightning.merging.uniform_pool import blocks
 from qm_lightning.tokens import Tokens
 
@@ -28,14 +29,10 @@ def spread(tokens: Tokens, scores: Tensor, counts: Tensor, coverage: float) -> T
     free = tokens.mask if tokens.protected is None else tokens.mask & ~tokens.protected
     parts = (coverage * (counts - (tokens.mask & ~free).sum(1))).round().long()
     block = blocks(tokens.positions, free, parts.clamp(min=1))
-    known = scores.detach().masked_fill(~free, -float("inf"))
-    best = torch.full_like(known, -float("inf")).scatter_reduce(1, block, known, "amax")
-    index = torch.arange(known.shape[1], device=known.device).expand_as(block)
-    equal = free & (known == best.gather(1, block))
-    first = torch.full_like(block, known.shape[1]).scatter_reduce(
-        1, block, index.masked_fill(~equal, known.shape[1]), "amin"
-    )
-    winner = equal & (index == first.gather(1, block)) & (parts > 0)[:, None]
+    place = ranks(scores, free)
+    last = place.shape[1]
+    first = torch.full_like(place, last).scatter_reduce(1, block, place.masked_fill(~free, last), "amin")
+    winner = free & (place == first.gather(1, block)) & (parts > 0)[:, None]
     real = scores.detach().masked_fill(~tokens.mask, 0.0)
     lift = real.amax(1, keepdim=True) - real.amin(1, keepdim=True) + 1.0
     return scores.detach() + torch.where(winner, lift, 0.0)
