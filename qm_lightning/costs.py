@@ -72,7 +72,9 @@ def measure_cost(
     inside = getattr(merger, "inside", False)
     parts: dict[str, Callable[[], object]] = {
         "backbone": lambda: (
-            merger.encode(module.backbone, batch["inputs"]) if inside else module.backbone(batch["inputs"])
+            merger.encode(module.backbone, batch["inputs"])
+            if inside
+            else merger.read(module.backbone, batch["inputs"])
         ),
         "merge": lambda: None if inside else merger(tokens),
         "prior": lambda: module.prior(merged, batch["targets"]),

@@ -96,12 +96,13 @@ class HFBackbone(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, inputs: dict[str, Tensor]) -> Tokens:
+    def forward(self, inputs: dict[str, Tensor], statistics: bool = True) -> Tokens:
         """Encode a batch.
 
         Args:
             inputs: ``input_ids`` [B,N] long and ``attention_mask`` [B,N] (1 = real), or ``pixel_values``
                 [B,C,H,W] / [B,F,C,H,W] float.
+            statistics: also take attention statistics; without them attention is plain SDPA, and costs as little.
 
         Returns:
             Tokens with values, mask, positions, attention, metric and, if asked for, protected.
@@ -115,7 +116,9 @@ class HFBackbone(nn.Module):
                 f"the batch has {', '.join(inputs)} but {self.name_or_path!r} is a backbone for "
                 f"{self.modality}; expected {wanted}; choose a backbone of the data's modality"
             )
-        return self._encode_text(inputs) if self.modality == "text" else self._encode_pixels(inputs[wanted])
+        if self.modality == "text":
+            return self._encode_text(inputs, statistics=statistics)
+        return self._encode_pixels(inputs[wanted], statistics)
 
     @torch.no_grad()
     def read(self, inputs: dict[str, Tensor], cache: Cache) -> Tokens:
@@ -147,7 +150,9 @@ class HFBackbone(nn.Module):
         joint = read_json(self.name_or_path, "processor_config.json", self.download) or {}
         return joint.get("image_processor")
 
-    def _encode_text(self, inputs: dict[str, Tensor], cache: Cache | None = None) -> Tokens:
+    def _encode_text(
+        self, inputs: dict[str, Tensor], cache: Cache | None = None, statistics: bool = True
+    ) -> Tokens:
         ids = inputs["input_ids"]
         new = ids.shape[1]
         mask = inputs.get("attention_mask")
@@ -157,7 +162,7 @@ class HFBackbone(nn.Module):
         places = inputs.get("position_ids")
         if places is not None:
             more["position_ids"] = places
-        values, record = self._run(input_ids=ids, attention_mask=mask, **more)
+        values, record = self._run(statistics, input_ids=ids, attention_mask=mask, **more)
         valid = mask.bool()[:, -new:]
         if places is None:
             places = (valid.cumsum(dim=1) - 1).clamp(min=0)
@@ -168,18 +173,18 @@ class HFBackbone(nn.Module):
             values=values,
             mask=valid,
             positions=places.unsqueeze(-1),
-            attention=_map_stats(lambda x: x.masked_fill(~valid, 0.0), self._statistics(record)),
+            attention=self._statistics(record, lambda x: x.masked_fill(~valid, 0.0)),
             metric=record.keys[self.layers[-1]][:, -new:],
             protected=protected,
             ids=ids,
         )
 
-    def _encode_pixels(self, pixels: Tensor) -> Tokens:
+    def _encode_pixels(self, pixels: Tensor, statistics: bool) -> Tokens:
         self._check_pixels(pixels)
         grid = patch_grid(self.config, pixels)
         frames = pixels.shape[1] if pixels.dim() == 5 and self.modality == "image" else None
         images = pixels if frames is None else pixels.flatten(0, 1)
-        values, record = self._run(pixel_values=images.to(self.model.dtype))
+        values, record = self._run(statistics, pixel_values=images.to(self.model.dtype))
         specials = values.shape[1] - math.prod(grid)
         if specials < 0:
             raise UserError(
@@ -195,34 +200,39 @@ class HFBackbone(nn.Module):
             kept = x[:, skip:]
             return kept.reshape(samples, -1, *kept.shape[2:])
 
-        stats = self._statistics(record)
         special = torch.arange(values.shape[1], device=pixels.device) < specials
         return Tokens(
             values=arrange(values),
             mask=torch.ones(arrange(values).shape[:2], dtype=torch.bool, device=pixels.device),
             positions=arrange(positions.expand(samples, -1, -1, -1).flatten(0, 1)),
-            attention=_map_stats(lambda x: torch.stack([arrange(layer) for layer in x]), stats),
+            attention=self._statistics(record, lambda x: torch.stack([arrange(layer) for layer in x])),
             metric=arrange(record.keys[self.layers[-1]]),
             protected=arrange(special.expand(values.shape[0], -1))
             if self.special_tokens == "protect"
             else None,
         )
 
-    def _run(self, **inputs: Any) -> tuple[Tensor, Record]:
+    def _run(self, statistics: bool, **inputs: Any) -> tuple[Tensor, Record]:
         device = next(iter(inputs.values())).device
-        with recording(self._watched, self.received) as record, torch.autocast(device.type, enabled=False):
+        with (
+            recording(self._watched, self.received, statistics) as record,
+            torch.autocast(device.type, enabled=False),
+        ):
             values: Tensor = self.model(**inputs).last_hidden_state
-        if set(record.stats) != set(self.layers):
+        if set(record.keys) != set(self.layers):
             raise unseen(self.config, self.name_or_path)
         return values, record
 
-    def _statistics(self, record: Record) -> AttentionStats:
+    def _statistics(self, record: Record, arrange: Callable[[Tensor], Tensor]) -> AttentionStats | None:
+        """Statistics of the chosen layers, each [L,B,S] arranged as the tokens are."""
+        if not record.stats:
+            return None
         stats = [record.stats[layer] for layer in self.layers]
         received = [s.received for s in stats if s.received is not None]
         return AttentionStats(
-            entropy=torch.cat([s.entropy for s in stats]),
-            norm=torch.cat([s.norm for s in stats]),
-            received=torch.cat(received) if received else None,
+            entropy=arrange(torch.cat([s.entropy for s in stats])),
+            norm=arrange(torch.cat([s.norm for s in stats])),
+            received=arrange(torch.cat(received)) if received else None,
         )
 
     def check_text(self, ids: Tensor) -> None:
@@ -276,8 +286,3 @@ def _dtype(name: str | torch.dtype | None) -> torch.dtype:
             f"dtype={name!r}; expected float32, bfloat16, float16 or float64; change backbone.dtype"
         )
     return dtype
-
-
-def _map_stats(change: Callable[[Tensor], Tensor], stats: AttentionStats) -> AttentionStats:
-    received = None if stats.received is None else change(stats.received)
-    return AttentionStats(change(stats.entropy), change(stats.norm), received)

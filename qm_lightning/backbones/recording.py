@@ -44,6 +44,7 @@ class Record:
     Attributes:
         layers: the attention modules to watch, with their layer's index.
         received: whether received attention is wanted.
+        statistics: whether any are; keys are kept all the same.
         stats: statistics (L = 1) by layer.
         keys: [B,N,d_h], keys averaged over heads, by layer.
         steering: what attention looks at; changed between layers.
@@ -51,6 +52,7 @@ class Record:
 
     layers: Mapping[nn.Module, int]
     received: bool
+    statistics: bool = True
     stats: dict[int, AttentionStats] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
     steering: Steering = field(default_factory=Steering)
@@ -61,9 +63,9 @@ _record: ContextVar[Record | None] = ContextVar("record", default=None)
 
 
 @contextmanager
-def recording(layers: Mapping[nn.Module, int], received: bool) -> Iterator[Record]:
+def recording(layers: Mapping[nn.Module, int], received: bool, statistics: bool = True) -> Iterator[Record]:
     """Watch the attention modules ``layers`` for the length of one forward call."""
-    record = Record(layers, received)
+    record = Record(layers, received, statistics)
     token = _record.set(record)
     try:
         yield record
@@ -93,17 +95,19 @@ def _attend(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         attended = policy_attention(query, key, value, steering.policy, steering.mask, scale)
         return attended.transpose(1, 2).contiguous(), None
-    if record is None or layer is None:
+    if record is not None and layer is not None:
+        _refuse_unknown_scores(kwargs)
+        _keep_keys(record, layer, key, module)
+    if record is None or layer is None or not record.statistics:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs
         )
         return output
-    _refuse_unknown_scores(kwargs)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     causal = causal and attention_mask is None and query.shape[2] > 1
     if position_bias is not None:
         attention_mask, causal = _with_bias(position_bias, attention_mask, causal), False
-    attended, stats = attention_with_stats(
+    attended, record.stats[layer] = attention_with_stats(
         query,
         key,
         value,
@@ -112,15 +116,17 @@ def _attend(
         scale=scaling,
         received=record.received,
     )
-    if layer in record.stats:
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def _keep_keys(record: Record, layer: int, key: Tensor, module: nn.Module) -> None:
+    if layer in record.keys:
         raise UserError(
             f"layer {layer} of this model attends more than once in a call ({type(module).__name__}), so its "
-            " statistics are ambiguous; expected one attention per layer; choose a model whose layers "
+            "statistics are ambiguous; expected one attention per layer; choose a model whose layers "
             "share no weights and do not attend across two sequences"
         )
-    record.stats[layer] = stats
     record.keys[layer] = key.mean(dim=1)
-    return attended.transpose(1, 2).contiguous(), None
 
 
 def _refuse_unknown_scores(kwargs: Mapping[str, Any]) -> None:

@@ -36,6 +36,11 @@ class Merger(Described, nn.Module, ABC):
         """Make parameters for tokens of width ``input_dim`` and ``layers`` attention layers; here: none."""
 
     @property
+    def reads_attention(self) -> bool:
+        """Whether it goes by the backbone's attention statistics, which cost a second attention pass."""
+        return self.reads_received
+
+    @property
     def reads_received(self) -> bool:
         """Whether it needs the attention that each token receives, which a backbone gives on request."""
         return False
@@ -60,6 +65,11 @@ class Merger(Described, nn.Module, ABC):
     def forward(self, tokens: Tokens) -> MergedTokens:
         """Merge a batch."""
 
+    def read(self, backbone: Any, inputs: dict[str, Tensor]) -> Tokens:
+        """The backbone's tokens, with statistics only where this merger goes by them."""
+        tokens: Tokens = backbone(inputs, statistics=self.reads_attention)
+        return tokens
+
     def encode(self, backbone: Any, inputs: dict[str, Tensor], plain: Tokens | None = None) -> MergedTokens:
         """What the prior reads of a batch: the backbone's tokens, merged.
 
@@ -71,7 +81,7 @@ class Merger(Described, nn.Module, ABC):
         Returns:
             The merged tokens.
         """
-        merged: MergedTokens = self(backbone(inputs) if plain is None else plain)
+        merged: MergedTokens = self(self.read(backbone, inputs) if plain is None else plain)
         return merged
 
     def __call__(self, tokens: Tokens) -> MergedTokens:
@@ -96,6 +106,11 @@ class BudgetMerger(Merger):
         """As for every merger; refuses a compression that the backbone's samples cannot reach."""
         require_reach(self.budget, backbone)
         super().prepare(backbone)
+
+    @property
+    def reads_attention(self) -> bool:
+        """Where its budget counts salience, too."""
+        return self.reads_received or self.budget.reads_salience
 
     def counts(self, tokens: Tokens, salience: Tensor | None = None) -> Tensor:
         """Tokens left: as ``Tokens.keep`` says, or else :func:`wanted_counts`, [B] long."""

@@ -78,6 +78,11 @@ class QuickMerge(BudgetMerger):
         self.salience.build(input_dim, layers)
 
     @property
+    def reads_attention(self) -> bool:
+        """Always: salience comes from it."""
+        return True
+
+    @property
     def reads_received(self) -> bool:
         """With a weight on it."""
         return self.salience.initial[2] != 0

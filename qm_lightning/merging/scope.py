@@ -46,6 +46,11 @@ class SCOPE(BudgetMerger):
         self.alpha, self.by = alpha, by
 
     @property
+    def reads_attention(self) -> bool:
+        """With ``by="salience"`` or ``by="received"``, or for the budget."""
+        return self.by == "salience" or super().reads_attention
+
+    @property
     def reads_received(self) -> bool:
         """With ``by="received"``."""
         return self.by == "received"

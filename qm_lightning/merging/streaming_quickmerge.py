@@ -74,6 +74,11 @@ class StreamingQuickMerge(StreamingMerger):
         nn.init.zeros_(linear.bias)
         self.readout = nn.Sequential(nn.LayerNorm(input_dim), linear)
 
+    @property
+    def reads_attention(self) -> bool:
+        """Always: salience comes from it."""
+        return True
+
     def salience(self, tokens: Tokens) -> Tensor:
         """Causal salience, [B,N] float, in [0,1] unless learned.
 

@@ -33,6 +33,11 @@ class TopKPrune(BudgetMerger):
         self.by = by
 
     @property
+    def reads_attention(self) -> bool:
+        """With ``by="salience"`` or ``by="received"``, or for the budget."""
+        return self.by == "salience" or super().reads_attention
+
+    @property
     def reads_received(self) -> bool:
         """With ``by="received"``."""
         return self.by == "received"

@@ -89,6 +89,10 @@ class PlacedMerger:
         """Merge the backbone's tokens."""
         return self._placed(self._merger(tokens))
 
+    def read(self, backbone: Any, inputs: dict[str, Tensor]) -> Tokens:
+        """As ``Merger.read``."""
+        return self._merger.read(backbone, inputs)
+
     def encode(self, backbone: Any, inputs: dict[str, Tensor], plain: Tokens | None = None) -> MergedTokens:
         """As ``Merger.encode``."""
         return self._placed(self._merger.encode(backbone, inputs, plain))
@@ -114,7 +118,7 @@ class ModalityView(nn.Module):
 
 
 def _merge(backbone: Any, merger: PlacedMerger, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens]:
-    tokens = replace(backbone(batch["inputs"]), seeds=batch.get("seeds"))
+    tokens = replace(merger.read(backbone, batch["inputs"]), seeds=batch.get("seeds"))
     return tokens, merger.encode(backbone, batch["inputs"], tokens)
 
 

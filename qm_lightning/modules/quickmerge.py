@@ -87,7 +87,9 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
     def merge(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens]:
         """Backbone and merger: what the prior reads, and what it was made from."""
         tokens = replace(
-            self.backbone(batch["inputs"]), seeds=batch.get("seeds"), context=self._context(batch)
+            self.merger.read(self.backbone, batch["inputs"]),
+            seeds=batch.get("seeds"),
+            context=self._context(batch),
         )
         merged = self.merger.encode(self.backbone, batch["inputs"], tokens)
         return tokens, in_buckets(merged, self.compiling.bucket) if self.compiling.prior else merged

@@ -110,3 +110,20 @@ def test_metric_is_the_mean_key_of_the_last_chosen_layer(folders: dict[str, Path
     layer.k_proj.register_forward_hook(lambda *call: keys.append(call[-1]))
     tokens = backbone(make_inputs("vit"))
     torch.testing.assert_close(tokens.metric, keys[0].unflatten(-1, (4, 8)).mean(2)[:, 1:])
+
+
+@pytest.mark.parametrize(("name", "padded"), CASES)
+def test_tokens_without_statistics_are_the_same_tokens(
+    name: str, padded: bool, folders: dict[str, Path]
+) -> None:
+    inputs = make_inputs(name, padded)
+    backbone = HFBackbone(str(folders[name]), layers=3)
+    seen, bare = backbone(inputs), backbone(inputs, statistics=False)
+    real = seen.mask
+    assert bare.attention is None
+    assert torch.equal(bare.mask, real)
+    assert torch.equal(bare.positions, seen.positions)
+    torch.testing.assert_close(bare.values[real], seen.values[real], atol=1e-5, rtol=1e-4)
+    assert bare.metric is not None
+    assert seen.metric is not None
+    torch.testing.assert_close(bare.metric[real], seen.metric[real], atol=1e-5, rtol=1e-4)

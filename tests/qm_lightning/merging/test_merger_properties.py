@@ -275,3 +275,25 @@ def test_ordered_mergers_have_no_overlap(case: Case) -> None:
     for b, k in enumerate(merged.mask.sum(1).tolist()):
         spans = [(merged.assignment[b] == j).nonzero().flatten() for j in range(k)]
         assert all(left.max() < right.min() for left, right in itertools.pairwise(spans))
+
+
+@EVERY
+@pytest.mark.parametrize("budget", [EntropyBudget(3.0), FixedBudget(3.0)], ids=["entropy", "fixed"])
+def test_statistics_are_asked_for_where_they_are_read(
+    case: Case, budget: EntropyBudget | FixedBudget
+) -> None:
+    tokens = make_tokens(tokens=30)
+    bare = replace(tokens, attention=None)
+    merger = make_case(case, budget).eval()
+    asked: list[bool] = []
+
+    def backbone(inputs: dict[str, torch.Tensor], statistics: bool) -> Tokens:
+        asked.append(statistics)
+        return tokens if statistics else bare
+
+    merged = merger.encode(backbone, {})
+    assert torch.equal(merged.assignment, merger(tokens).assignment)
+    assert asked == [merger.reads_attention]
+    if merger.reads_attention:
+        with pytest.raises(UserError, match="attention statistics"):
+            merger(bare)
