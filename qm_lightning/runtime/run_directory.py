@@ -16,6 +16,7 @@ from qm_lightning.errors import UserError
 from qm_lightning.runtime.config_diff import describe_changes
 from qm_lightning.runtime.find_checkpoint import StoredRun, has_history, resolve_checkpoint
 from qm_lightning.runtime.rendezvous import gather, join, on_rank_zero
+from qm_lightning.runtime.run_lock import hold
 from qm_lightning.runtime.world import World, resolve_world
 
 Policy = Literal["exact", "weights", "new_schedule"]
@@ -102,8 +103,8 @@ def open_run_directory(
         The directory.
 
     Raises:
-        UserError: a past that neither ``--ckpt_path`` nor ``--fresh`` explains, no checkpoint that loads, or
-            a directory that some rank does not see.
+        UserError: a past that neither ``--ckpt_path`` nor ``--fresh`` explains, no checkpoint that loads, another
+            training in the same directory, or a directory that some rank does not see.
     """
     world = resolve_world(os.environ)
     join(world, accelerator)
@@ -130,6 +131,8 @@ def _open_for_training(
     if fresh:
         raise UserError("found --fresh and --ckpt_path; expected one of them; a fresh start loads nothing")
     source = Path(run_dir) if run_dir else _newest_version(name)
+    if source is not None and source.is_dir() and policy != "weights":
+        hold(source)
     stored = resolve_checkpoint(source or RUNS / name, ckpt_path)
     if policy == "weights":
         run = _start(run_dir, name, fresh, world)
@@ -141,14 +144,15 @@ def _open_for_training(
 
 def _start(run_dir: str | None, name: str, fresh: bool, world: World) -> RunDirectory:
     path = Path(run_dir) if run_dir else _new_version(name)
-    if has_history(path):
-        if not fresh:
-            raise UserError(
-                f"{path} holds an earlier training; expected an empty directory for a start from zero; "
-                "add --ckpt_path last to go on with it, or --fresh to put it aside"
-            )
-        _put_aside(path)
     path.mkdir(parents=True, exist_ok=True)
+    if has_history(path) and not fresh:
+        raise UserError(
+            f"{path} holds an earlier training; expected an empty directory for a start from zero; "
+            "add --ckpt_path last to go on with it, or --fresh to put it aside"
+        )
+    hold(path)
+    if has_history(path):
+        _put_aside(path)
     # A W&B sweep gives its runs their ids.
     run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     _write_manifest(path, run_id, world)
@@ -188,6 +192,7 @@ def _open_for_evaluation(run_dir: str | None, name: str, ckpt_path: str | None) 
 
 
 def _continue_restarted(path: Path, policy: Policy, world: World) -> RunDirectory:
+    hold(path)  # the process that was told to leave may still be saving
     if not any((path / "checkpoints").glob("*.ckpt")):
         print(
             f"restart: {world.launch_id or world.launcher} had saved nothing in {path}; from zero", flush=True

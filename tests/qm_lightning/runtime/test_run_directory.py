@@ -1,6 +1,9 @@
 """Where a run lies, whether it has a past, and what it goes on from."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 import yaml
 
 from qm_lightning.errors import UserError
+from qm_lightning.runtime import run_lock
 from qm_lightning.runtime.find_checkpoint import RECORD_KEY
 from qm_lightning.runtime.run_directory import RunDirectory, open_run_directory
 
@@ -153,3 +157,35 @@ def test_evaluation_takes_best_else_last_and_makes_nothing() -> None:
     best = train(run, 7, "best")
     assert open_run_directory("mine", "image", verb="test").ckpt_path == str(best)
     assert open_run_directory("mine", "image", verb="test", ckpt_path="last").ckpt_path == str(last)
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from qm_lightning.runtime.run_lock import hold
+hold(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_training_at_a_time_works_in_a_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = Path("mine")
+    train(open_run_directory("mine", "image"))
+    run_lock._held.pop(directory.resolve()).close()  # as if that process had ended
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"held\n"
+    monkeypatch.setattr(run_lock.hold, "__defaults__", (0.5,))
+    for options in ({"ckpt_path": "last"}, {"fresh": True}):
+        with pytest.raises(UserError, match=r"another training works in mine.*choose another --run_dir"):
+            open_run_directory("mine", "image", **options)  # type: ignore[arg-type]
+    assert (directory / "metrics.csv").is_file(), "the past stays where it is"
+    other.kill()
+    other.wait()
+    assert open_run_directory("mine", "image", ckpt_path="last").step == 10
