@@ -14,11 +14,14 @@ setup: .venv/.ready
 	touch $@
 
 # The demo trains every merger on the same shards, prior and steps; what is finished is not run again.
+# Two cells train at a time; costs are measured afterwards, one cell at a time.
 # Shorter, e.g.: make demo STEPS=50 BACKBONE='--trainer.max_steps 100'
 MERGERS ?= QuickMerge,NoMerge,UniformPool,RandomPrune,TopKPrune,ToMe
 COMPRESSIONS ?= 2.37
 SEEDS ?= 1
-STEPS ?= 200
+STEPS ?= 400
+STEPS_text ?= 250
+JOBS ?= 2
 BACKBONE ?=
 
 demo: setup demo-image demo-text
@@ -26,7 +29,8 @@ demo: setup demo-image demo-text
 
 demo-%: pretrained/%/config.json
 	$(BIN)/python train.py compare --config configs/experiment/$*.yaml --out runs/demo/$* --mergers "$(MERGERS)" \
-		--compressions $(COMPRESSIONS) --seeds $(SEEDS) --trainer.max_steps $(STEPS)
+		--compressions $(COMPRESSIONS) --seeds $(SEEDS) --jobs $(JOBS) \
+		--trainer.max_steps $(or $(STEPS_$*),$(STEPS))
 
 pretrained/%/config.json: data/%/test/index.json
 	$(BIN)/python train.py fit --config configs/experiment/backbone_$*.yaml --run_dir runs/backbone_$* --fresh true $(BACKBONE)

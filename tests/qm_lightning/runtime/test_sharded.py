@@ -57,6 +57,26 @@ def test_sharded_training_stops_resumes_and_equals_ddp(shards: Path, tmp_path: P
     assert (weights(changed) - weights(other)).abs().max() < 1e-6
 
 
+@pytest.mark.slow
+def test_muon_is_sharded_and_resumes(shards: Path, tmp_path: Path) -> None:
+    muon = replace(SHARDED, muon=True)
+    straight = run(muon, shards, tmp_path / "straight", tmp_path / "trace1")
+    assert [o.code for o in straight] == [0, 0], straight[0].text
+    stopped = run(replace(muon, signal_at=(5, 1)), shards, tmp_path / "resumed", tmp_path / "trace2")
+    assert [o.code for o in stopped] == [75, 75], stopped[0].text
+    second = run(replace(muon, ckpt_path="last"), shards, tmp_path / "resumed", tmp_path / "trace2")
+    assert [o.code for o in second] == [0, 0], second[0].text
+    assert second[0].result is not None
+    assert straight[0].result is not None
+    assert second[0].result["state"] == straight[0].result["state"]
+
+    ddp = run(replace(muon, strategy="ddp"), shards, tmp_path / "ddp", tmp_path / "trace3")
+    assert [o.code for o in ddp] == [0, 0], ddp[0].text
+    saved, other = (read_checkpoint(tmp_path / name / "checkpoints/last.ckpt") for name in ("straight", "ddp"))
+    # Muon's products run in bfloat16, whose last bit is 2^-8 of a step of 0.05.
+    assert (weights(saved) - weights(other)).abs().max() < 2e-3
+
+
 def test_shards_need_several_processes(shards: Path, tmp_path: Path) -> None:
     outcome = run(replace(SHARDED, world=1), shards, tmp_path / "run", tmp_path / "trace")[0]
     assert outcome.code == 2

@@ -35,6 +35,7 @@ from datamodules.base import ShardDataModule
 from datamodules.shards.index import build_index
 from datamodules.shards.manifest import Manifest
 from qm_lightning.errors import UserError
+from qm_lightning.modules.muon import MuonWithAdamW
 from qm_lightning.runtime.assemble import always_on_callbacks, trainer_arguments
 from qm_lightning.runtime.frozen import FrozenBackboneMixin
 from qm_lightning.runtime.loggers import TrackingOptions, make_loggers
@@ -113,6 +114,7 @@ class Attempt:
     max_steps: int = 12
     trainer: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 0.05
+    muon: bool = False  # for the merger's matrix
     checkpoint_every: int = 1000
     ckpt_path: str | None = None
     fresh: bool = False
@@ -218,7 +220,11 @@ class Learner(FrozenBackboneMixin, pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         trainable = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=self.attempt.learning_rate)
+        rate = self.attempt.learning_rate
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(trainable, lr=rate)
+        if self.attempt.muon:
+            rest = [{"params": [p for p in trainable if p is not self.merger.weight]}]
+            optimizer = MuonWithAdamW([self.merger.weight], rest, rate, rate, 0.01, (0.9, 0.95))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.attempt.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
