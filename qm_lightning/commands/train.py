@@ -26,7 +26,7 @@ from qm_lightning.results import write_predictions, write_results
 from qm_lightning.runtime.allowed_imports import limit_imports
 from qm_lightning.runtime.assemble import always_on_callbacks, trainer_arguments
 from qm_lightning.runtime.loggers import TrackingOptions, make_loggers
-from qm_lightning.runtime.option_errors import explain
+from qm_lightning.runtime.option_errors import explain, name_arguments
 from qm_lightning.runtime.rank_facts import collect_facts, require_same
 from qm_lightning.runtime.run_directory import Policy, RunDirectory, open_run_directory
 from qm_lightning.runtime.world import resolve_world
@@ -41,7 +41,8 @@ class Parser(LightningArgumentParser):
             known = [name for action in self._actions for name in action.option_strings]
             raise UserError(explain(message, known))
         # A parser of a class's arguments raises this inside another parser, which adds where the class stands.
-        raise UserError(" ".join(message.split()))
+        taken = [action.dest for action in self._actions if action.dest.isidentifier()]
+        raise UserError(" ".join(name_arguments(message, taken).split()))
 
 
 class QuickMergeCLI(LightningCLI):

@@ -26,10 +26,19 @@ def test_other_messages_become_one_line() -> None:
     ("arguments", "expected"),
     [
         (["--trainer.max_step", "3"], "found --trainer.max_step, which is no option"),
-        (["--model.mergr", "ToMe"], "found --model.mergr, which that class does not take"),
+        (
+            ["--model.mergr", "ToMe"],
+            "found --model.mergr, which that class does not take; expected one of its arguments; "
+            "did you mean merger?",
+        ),
         (
             ["--model.merger.budget.compresion", "3"],
-            "found --model.merger.budget.compresion, which that class",
+            "found --model.merger.budget.compresion, which that class does not take; "
+            "expected one of its arguments; did you mean compression?",
+        ),
+        (
+            ["--model.prior.xyz", "3"],
+            "found --model.prior.xyz, which that class does not take; expected one of dim, depth, heads",
         ),
     ],
 )

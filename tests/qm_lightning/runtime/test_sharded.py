@@ -72,7 +72,9 @@ def test_muon_is_sharded_and_resumes(shards: Path, tmp_path: Path) -> None:
 
     ddp = run(replace(muon, strategy="ddp"), shards, tmp_path / "ddp", tmp_path / "trace3")
     assert [o.code for o in ddp] == [0, 0], ddp[0].text
-    saved, other = (read_checkpoint(tmp_path / name / "checkpoints/last.ckpt") for name in ("straight", "ddp"))
+    saved, other = (
+        read_checkpoint(tmp_path / name / "checkpoints/last.ckpt") for name in ("straight", "ddp")
+    )
     # Muon's products run in bfloat16, whose last bit is 2^-8 of a step of 0.05.
     assert (weights(saved) - weights(other)).abs().max() < 2e-3
 
