@@ -6,7 +6,6 @@ import difflib
 import re
 from collections.abc import Iterable
 
-
 LISTED = 12  # a class with more arguments than these has them in its docstring
 
 
