@@ -2,9 +2,10 @@
 
 Each streaming merger trains `configs/experiment/text_streaming.yaml` on the standard library's source with the same
 prior, data order and steps. Beside them the same prior reads all tokens: with as many steps, and with as many
-steps as cost the same prior FLOPs. A training step and generation are timed in processor seconds on one thread,
-which other work on the machine disturbs little; the least of interleaved rounds counts. Finished cells are kept in
---work, and the same command goes on where it was stopped.
+steps as cost the FLOPs of the first merger's training, counted with the frozen backbone's forward pass and, in a
+further row, without it. A training step and generation are timed in processor seconds on one thread, which other
+work on the machine disturbs little; the least of interleaved rounds counts. Finished cells are kept in --work, and
+the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from rich.table import Table
 from benchmarks._record import write_results
 from qm_lightning.cli import main as command
 from qm_lightning.generation import Generation, Sampling
-from qm_lightning.priors import StreamingPrior
+from qm_lightning.modules import QuickMergeModule
 from qm_lightning.runtime.find_checkpoint import resolve_checkpoint
+from qm_lightning.runtime.flop_count import count_step
 from qm_lightning.runtime.trained_run import TrainedRun, open_trained_run
 
 EXPERIMENT = Path(__file__).parents[1] / "configs" / "experiment" / "text_streaming.yaml"
 MERGERS = ["StreamingQuickMerge", "FixedStride", "EntropyThreshold", "LearnedRouter", "DynamicPooling"]
-ALL, ALL_FLOPS = "all tokens, equal steps", "all tokens, equal FLOPs"
-LABELS = [MERGERS[0], ALL_FLOPS, ALL, *MERGERS[1:]]
-WINDOW, WIDTH, VOCABULARY = 256, 128, 257
+ALL, ALL_FLOPS, ALL_PRIOR = (f"all tokens, equal {what}" for what in ("steps", "FLOPs", "prior FLOPs"))
+LABELS = [MERGERS[0], ALL, ALL_FLOPS, ALL_PRIOR, *MERGERS[1:]]
+WINDOW = 256
 PROMPT, NEW_TOKENS = 192, 32
 
 
@@ -45,9 +47,10 @@ def main() -> None:
     for seed in range(options.seeds):
         for label in LABELS:
             directory = options.work / f"{label.replace(', ', '-').replace(' ', '_')}-{seed}"
-            rows.setdefault(label, []).append(trained(label, directory, seed, options))
+            steps = steps_of(label, runs, options.steps)
+            rows.setdefault(label, []).append(trained(label, directory, seed, steps, options))
             runs.setdefault(label, []).append(open_trained_run(directory, "last", options.backbone))
-    first = {label: cells[0] for label, cells in runs.items() if label != ALL_FLOPS}
+    first = {label: cells[0] for label, cells in runs.items() if label not in (ALL_FLOPS, ALL_PRIOR)}
     configuration = {
         "steps": options.steps,
         "seeds": options.seeds,
@@ -74,16 +77,25 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def equal_steps(steps: int, compression: float) -> int:
-    """Steps of the prior on all tokens that cost as many FLOPs as `steps` on merged ones."""
-    prior = StreamingPrior(WIDTH, VOCABULARY)
-    share = prior.flops(round(WINDOW / compression), WINDOW) / prior.flops(WINDOW, WINDOW)
-    return max(1, round(steps * share))
+def steps_of(label: str, runs: dict[str, list[TrainedRun]], steps: int) -> int:
+    """Steps of a training: those of all, or as many as cost the FLOPs of the first merger's."""
+    if label not in (ALL_FLOPS, ALL_PRIOR):
+        return steps
+    merged, whole = (step_flops(runs[name][0], label == ALL_FLOPS) for name in (MERGERS[0], ALL))
+    return max(1, round(steps * merged / whole))
 
 
-def trained(label: str, directory: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def step_flops(run: TrainedRun, backbone: bool) -> int:
+    """FLOPs of a training step on a batch of validation texts, with or without the frozen backbone's."""
+    batch = next(iter(run.data.val_dataloader()))
+    whole = count_step(trainable(run.module), batch)
+    return whole if backbone else whole - count_step(run.module.backbone, batch["inputs"])
+
+
+def trained(
+    label: str, directory: Path, seed: int, steps: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """Figures of one cell, trained and tested unless it was already."""
-    steps = equal_steps(options.steps, options.compression) if label == ALL_FLOPS else options.steps
     if not (directory / "results.json").is_file():
         arguments = [
             *("--config", str(EXPERIMENT), "--run_dir", str(directory), "--seed_everything", str(seed)),
@@ -136,15 +148,21 @@ def speeds(runs: dict[str, TrainedRun], rounds: int) -> dict[str, dict[str, floa
 
 def step_ms(run: TrainedRun, batch: dict[str, Any]) -> float:
     """One step of merger and prior, forward and backward, the backbone included."""
-    run.module.merger.requires_grad_(True)
-    run.module.prior.requires_grad_(True)
+    module = trainable(run.module)
     start = time.process_time()
-    _, merged, output = run.module(batch)
+    _, merged, output = module(batch)
     loss = -output.log_likelihood(batch["targets"]).mean() + sum(merged.losses.values())
     loss.backward()
     seconds = time.process_time() - start
-    run.module.zero_grad()
+    module.zero_grad()
     return seconds * 1e3
+
+
+def trainable(module: QuickMergeModule) -> QuickMergeModule:
+    """The module as its training has it: merger and prior take gradients, the backbone does not."""
+    module.merger.requires_grad_(True)
+    module.prior.requires_grad_(True)
+    return module
 
 
 def writing(run: TrainedRun, prompt: torch.Tensor) -> dict[str, float]:
