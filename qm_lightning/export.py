@@ -98,7 +98,12 @@ class ExportedModel(nn.Module):
 
 
 def save_pretrained(
-    module: Any, directory: str | Path, *, facts: Mapping[str, Any] | None = None, overwrite: bool = False
+    module: Any,
+    directory: str | Path,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write merger, prior and what is to be known of them.
 
@@ -107,6 +112,8 @@ def save_pretrained(
             and ``eos_id`` like one.
         directory: new or empty; ``model.safetensors``, ``config.json`` and ``README.md`` go there.
         facts: of the run, for config.json and the model card: ``experiment``, ``step``, ``metrics``, ...
+        text: how prompts are read and targets are written, of a text model: ``tokenizer`` and ``targets`` as
+            ``TextDataModule`` takes them. ``train.py generate`` needs it.
         overwrite: replace these three files if they are there.
 
     Returns:
@@ -118,7 +125,7 @@ def save_pretrained(
     out = Path(directory)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not overwrite)):
         raise UserError(f"{out} is not empty; expected a new directory; choose another, or add --overwrite")
-    config = _config(module, dict(facts or {}))
+    config = _config(module, dict(facts or {}), dict(text) if text else None)
     weights = {
         f"{part}.{name}": tensor.detach().cpu().contiguous()
         for part, owner in (("merger", module.merger), ("prior", module.prior))
@@ -172,7 +179,12 @@ def from_pretrained(
         ) from error
 
 
-def _config(module: Any, facts: dict[str, Any]) -> dict[str, Any]:
+def is_export(directory: Path) -> bool:
+    """Whether a directory looks like one of ``save_pretrained``, and not like that of a training."""
+    return (directory / CONFIG).is_file() and not (directory / "config.yaml").exists()
+
+
+def _config(module: Any, facts: dict[str, Any], text: dict[str, Any] | None) -> dict[str, Any]:
     for part in ("merger", "prior"):
         if not isinstance(getattr(module, part), Described):
             raise UserError(
@@ -202,6 +214,7 @@ def _config(module: Any, facts: dict[str, Any]) -> dict[str, Any]:
         "prior": describe(module.prior),
         "vocab_size": module.prior.vocab_size,
         "eos_id": module.eos_id,
+        "text": text,
         "facts": facts,
         "versions": {
             "qm_lightning": __version__,

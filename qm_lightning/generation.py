@@ -5,14 +5,47 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from qm_lightning.backbones.incremental import growing_encoder
 from qm_lightning.errors import UserError
-from qm_lightning.modules import QuickMergeModule, StreamingModule
+from qm_lightning.priors import StreamingPrior
 from qm_lightning.priors.sampling import check_sampling
 from qm_lightning.tokens import MergedTokens
+
+
+class Parts(Protocol):
+    """What writes: a ``QuickMergeModule``, a ``StreamingModule``, or a ``WritingParts``."""
+
+    @property
+    def backbone(self) -> Any:
+        """A frozen ``HFBackbone`` for text."""
+
+    @property
+    def merger(self) -> Any:
+        """A ``Merger``."""
+
+    @property
+    def prior(self) -> Any:
+        """An ``ARPrior``, or a ``StreamingPrior``, which merges while it writes."""
+
+
+@dataclass(frozen=True)
+class WritingParts:
+    """``Parts`` that belong to no module: those of an export.
+
+    Attributes:
+        backbone: an ``HFBackbone``.
+        merger: a ``Merger``.
+        prior: an ``ARPrior`` or a ``StreamingPrior``.
+    """
+
+    backbone: Any
+    merger: Any
+    prior: Any
 
 
 @dataclass(frozen=True)
@@ -77,7 +110,7 @@ class Generation:
     """Continues a batch of texts; iterate over it to write.
 
     Args:
-        module: a text module in evaluation mode.
+        parts: backbone, merger and prior for text, in evaluation mode.
         prompts: B token id tensors, long [N_i].
         decode: ids, long [T] -> text.
         sampling: how tokens are drawn.
@@ -94,19 +127,19 @@ class Generation:
 
     def __init__(
         self,
-        module: QuickMergeModule,
+        parts: Parts,
         prompts: Sequence[Tensor],
         decode: Callable[[Tensor], str],
         sampling: Sampling,
         eos_id: int | None = None,
         stop: Sequence[str] = (),
     ) -> None:
-        self.module, self.decode, self.sampling = module, decode, sampling
+        self.parts, self.decode, self.sampling = parts, decode, sampling
         self.eos_id, self.stop = eos_id, [text for text in stop if text]
         self.rows = [Continuation() for _ in prompts]
         self.cost = Cost()
-        check_prompts(module, prompts, sampling.max_new_tokens)
-        device = module.device
+        check_prompts(parts, prompts, sampling.max_new_tokens)
+        device = next(parts.prior.parameters()).device
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         self.ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(device)
         self.mask = torch.arange(self.ids.shape[1], device=device) < lengths[:, None]
@@ -127,22 +160,24 @@ class Generation:
 
     @torch.no_grad()
     def _tokens(self) -> Iterator[Tensor]:
-        s = self.sampling
-        generator = torch.Generator(self.module.device).manual_seed(s.seed)
+        s, parts, prior = self.sampling, self.parts, self.parts.prior
+        generator = torch.Generator(self.ids.device).manual_seed(s.seed)
         draws = (s.max_new_tokens, s.temperature, s.top_p, self.eos_id, generator)
-        if isinstance(self.module, StreamingModule):
-            encode = self.module.growing_encoder()
+        if isinstance(prior, StreamingPrior):
+            encode = growing_encoder(parts.backbone, parts.merger)
 
             def counted(ids: Tensor, mask: Tensor) -> MergedTokens:
                 return self._counted(encode(ids, mask), ids, mask)
 
-            return self.module.prior.stream(counted, self.ids, self.mask, *draws)
-        merged = self._counted(self.module.encode(self.ids, self.mask), self.ids, self.mask)
-        return self.module.prior.stream(merged, *draws)
+            return prior.stream(counted, self.ids, self.mask, *draws)
+        inputs = {"input_ids": self.ids, "attention_mask": self.mask.long()}
+        merged = self._counted(parts.merger.encode(parts.backbone, inputs), self.ids, self.mask)
+        written: Iterator[Tensor] = prior.stream(merged, *draws)
+        return written
 
     def _counted(self, merged: MergedTokens, ids: Tensor, mask: Tensor) -> MergedTokens:
         self.cost.tokens, self.cost.merged = int(mask.sum()), int(merged.mask.sum())
-        trunk, width = self.module.prior.trunk, ids.shape[0]
+        trunk, width = self.parts.prior.trunk, ids.shape[0]
         self.cost.cache_bytes = trunk.cache_bytes(width, merged.mask.shape[1])
         self.cost.unmerged_cache_bytes = trunk.cache_bytes(width, ids.shape[1])
         return merged
@@ -170,23 +205,23 @@ class Generation:
             row.finished = "length"
 
 
-def check_prompts(module: QuickMergeModule, prompts: Sequence[Tensor], max_new_tokens: int) -> None:
+def check_prompts(parts: Parts, prompts: Sequence[Tensor], max_new_tokens: int) -> None:
     """Refuse prompts that cannot be continued, before anything is computed.
 
     Raises:
-        UserError: the module reads no text, there is no prompt, one is empty, or one is too long.
+        UserError: the backbone reads no text, there is no prompt, one is empty, or one is too long.
     """
-    if module.backbone.modality != "text":
+    if parts.backbone.modality != "text":
         raise UserError(
-            f"the run's backbone reads {module.backbone.modality}; expected one for text; "
+            f"the run's backbone reads {parts.backbone.modality}; expected one for text; "
             "use `train.py predict` for runs on other data"
         )
     if not prompts:
         raise UserError("found no prompt; expected at least one; give --prompt TEXT or --prompt_file FILE")
-    streaming = isinstance(module, StreamingModule)
+    streaming = isinstance(parts.prior, StreamingPrior)
     # The last token that is written is never read.
     written = max_new_tokens - 1 if streaming else 0
-    limit = module.backbone.max_tokens
+    limit = parts.backbone.max_tokens
     for number, prompt in enumerate(prompts, start=1):
         if not len(prompt):
             raise UserError(f"prompt {number} is empty; expected at least one character; give it some text")
@@ -194,6 +229,6 @@ def check_prompts(module: QuickMergeModule, prompts: Sequence[Tensor], max_new_t
             more = f" and {max_new_tokens} new ones" if streaming else ""
             raise UserError(
                 f"prompt {number} has {len(prompt)} tokens{more}; expected at most {limit} in all, the positions "
-                f"of the backbone {module.backbone.name_or_path!r}; shorten it"
+                f"of the backbone {parts.backbone.name_or_path!r}; shorten it"
                 + (", or lower --max_new_tokens" if streaming else "")
             )

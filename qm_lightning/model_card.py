@@ -14,11 +14,11 @@ backbone = model.load_backbone()                # {backbone}
 merged = model.merge(backbone(inputs))          # {inputs}
 ids = model.prior.generate(merged, max_new_tokens=64, temperature=0.0, eos_id={eos_id})""",
     "streaming": """\
+from qm_lightning.backbones.incremental import growing_encoder
 from qm_lightning.export import from_pretrained
 
 model = from_pretrained(".")
-backbone = model.load_backbone()                # {backbone}
-encode = lambda ids, mask: model.merge(backbone({{"input_ids": ids, "attention_mask": mask.long()}}))
+encode = growing_encoder(model.load_backbone(), model.merger)   # {backbone}
 ids = model.prior.generate(encode, prompts, mask, max_new_tokens=64, eos_id={eos_id})   # prompts [B,N], mask [B,N]""",
 }
 _INPUTS = {
@@ -60,6 +60,7 @@ def model_card(config: Mapping[str, Any], weights: int) -> str:
         "",
         *("    " + line if line else "" for line in use.splitlines()),
         "",
+        *(["On the command line: `python train.py generate . --prompt TEXT`.", ""] if config["text"] else []),
         f"Made by qm_lightning {config['versions']['qm_lightning']}, torch {config['versions']['torch']}.",
         "",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from qm_lightning.backbones.hf import HFBackbone
-from qm_lightning.tokens import AttentionStats, Tokens
+from qm_lightning.merging import Merger
+from qm_lightning.tokens import AttentionStats, MergedTokens, Tokens
 
 
 @dataclass
@@ -77,6 +79,20 @@ class IncrementalEncoder:
         tokens = _appended(read.tokens, newest, place.squeeze(1))
         self._read = _Read(read.cache, seen, tokens)
         return tokens
+
+
+def growing_encoder(backbone: HFBackbone, merger: Merger) -> Callable[[Tensor, Tensor], MergedTokens]:
+    """Backbone and merger for one batch of texts that grow; the backbone reads each token once.
+
+    Args:
+        backbone: a text backbone.
+        merger: of class "streaming".
+
+    Returns:
+        Ids [B,N] long and mask [B,N] bool -> the merged tokens: what ``StreamingPrior.generate`` asks for.
+    """
+    encode = IncrementalEncoder(backbone)
+    return lambda ids, mask: merger(encode(ids, mask))
 
 
 def _one_more(tokens: Tokens, ids: Tensor, mask: Tensor) -> bool:

@@ -63,10 +63,20 @@ def main(argv: Sequence[str]) -> int:
         "seed": run.config.get("seed_everything"),
         "metrics": _metrics(run_dir),
     }
-    out = save_pretrained(run.module, options.out, facts=facts, overwrite=options.overwrite)
+    out = save_pretrained(
+        run.module, options.out, facts=facts, text=_text(run.config["data"]), overwrite=options.overwrite
+    )
     size = sum(file.stat().st_size for file in out.iterdir()) / 2**20
     print(f"exported step {run.step} of {run.checkpoint} to {out} ({size:.1f} MiB)")
     return 0
+
+
+def _text(data: dict[str, Any]) -> dict[str, Any] | None:
+    """How a run on text reads and writes it; ``None``: other data."""
+    if data["class_path"].rpartition(".")[2] != "TextDataModule":
+        return None
+    options = data["init_args"]
+    return {"tokenizer": options.get("tokenizer", "bytes"), "targets": options.get("targets", "stored")}
 
 
 def _metrics(run_dir: Path) -> dict[str, float]:

@@ -1,12 +1,13 @@
-"""``python train.py generate RUN_DIR``: text from a trained run."""
+"""``python train.py generate RUN_DIR``: text from a trained run, or from an export of one."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qm_lightning.commands.report import OneLineParser
 from qm_lightning.errors import UserError
@@ -14,7 +15,8 @@ from qm_lightning.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qm_lightning.generation import Cost, Generation
+    from datamodules.text import TextDataModule
+    from qm_lightning.generation import Cost, Generation, Parts
 
 EXAMPLE = """\
 example:
@@ -34,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    options.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a training")
+    options.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a training or an export")
     options.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="texts to continue")
     options.add_argument(
         "--prompt_file",
@@ -74,23 +76,76 @@ def main(argv: Sequence[str]) -> int:
     """
     options = parser().parse_args(argv)
     texts = [text.encode() for text in options.prompt] + [_read(name) for name in options.prompt_file]
+    from qm_lightning.export import is_export
     from qm_lightning.generation import Generation, Sampling
-    from qm_lightning.runtime.trained_run import open_trained_run
 
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
-    run = open_trained_run(options.run_dir, options.ckpt_path, options.backbone, options.device)
+    writer = (_from_export if is_export(options.run_dir) else _from_run)(options)
     generation = Generation(
-        run.module,
-        _tokenize(texts, run.data),
-        run.data.decode_targets,
+        writer.parts,
+        _tokenize(texts, writer.data),
+        writer.data.decode_targets,
         sampling,
-        run.module.eos_id,
+        writer.eos_id,
         options.stop,
     )
-    print(f"step {run.step} of {run.checkpoint}", file=sys.stderr, flush=True)
+    print(writer.origin, file=sys.stderr, flush=True)
     _show(generation)
     print(summary(generation.cost, len(generation.rows)), file=sys.stderr, flush=True)
     return 0
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """What writes, how its text is read, and where it is from."""
+
+    parts: Parts
+    data: TextDataModule
+    eos_id: int | None
+    origin: str
+
+
+def _from_run(options: argparse.Namespace) -> _Writer:
+    from datamodules.text import TextDataModule
+    from qm_lightning.runtime.trained_run import open_trained_run
+
+    run = open_trained_run(options.run_dir, options.ckpt_path, options.backbone, options.device)
+    if not isinstance(run.data, TextDataModule):
+        raise UserError(
+            f"the run was trained on {type(run.data).__name__}; expected TextDataModule, which knows how to read "
+            "a prompt; use `train.py predict` for runs on other data"
+        )
+    return _Writer(run.module, run.data, run.module.eos_id, f"step {run.step} of {run.checkpoint}")
+
+
+def _from_export(options: argparse.Namespace) -> _Writer:
+    from datamodules.text import TextDataModule
+    from qm_lightning.export import from_pretrained
+    from qm_lightning.generation import WritingParts
+
+    if options.ckpt_path is not None:
+        raise UserError(
+            f"{options.run_dir} is an export, which holds one set of weights, and --ckpt_path {options.ckpt_path} "
+            "was given; expected the directory of a training; leave --ckpt_path out"
+        )
+    model = from_pretrained(options.run_dir, device=options.device)
+    text: dict[str, Any] | None = model.config.get("text")
+    if text is None:
+        raise UserError(
+            f"{options.run_dir} does not say how its text is read; expected an export of a run on TextDataModule "
+            "by `train.py export`; export the run again"
+        )
+    stored = model.config["backbone"]["name_or_path"]
+    moved = options.backbone is not None and text["tokenizer"] == stored
+    data = TextDataModule(
+        options.run_dir,
+        1,
+        tokenizer=options.backbone if moved else text["tokenizer"],
+        targets=text["targets"],
+    )
+    parts = WritingParts(model.load_backbone(options.backbone), model.merger, model.prior)
+    step = model.config["facts"].get("step", "?")
+    return _Writer(parts, data, model.config["eos_id"], f"step {step}, exported to {options.run_dir}")
 
 
 def _read(name: str) -> bytes:
@@ -104,21 +159,14 @@ def _read(name: str) -> bytes:
         ) from error
 
 
-def _tokenize(texts: Sequence[bytes], data: object) -> list[Tensor]:
+def _tokenize(texts: Sequence[bytes], data: TextDataModule) -> list[Tensor]:
     """Token ids of each text, read as in training but never cut.
 
     Raises:
-        UserError: the run has no text reader, or a text is empty or not UTF-8.
+        UserError: a text is not UTF-8.
     """
     import torch
 
-    from datamodules.text import TextDataModule
-
-    if not isinstance(data, TextDataModule):
-        raise UserError(
-            f"the run was trained on {type(data).__name__}; expected TextDataModule, which knows how to read a "
-            "prompt; use `train.py predict` for runs on other data"
-        )
     ids = []
     for number, text in enumerate(texts, start=1):
         try:

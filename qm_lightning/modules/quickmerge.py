@@ -94,18 +94,6 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         merged = self.merger.encode(self.backbone, batch["inputs"], tokens)
         return tokens, in_buckets(merged, self.compiling.bucket) if self.compiling.prior else merged
 
-    def encode(self, ids: Tensor, mask: Tensor) -> MergedTokens:
-        """Backbone and merger for texts alone, as generation reads them.
-
-        Args:
-            ids: [B,N] long.
-            mask: [B,N] bool, True = real token.
-
-        Returns:
-            The merged tokens.
-        """
-        return self.merger.encode(self.backbone, {"input_ids": ids, "attention_mask": mask.long()})
-
     def _context(self, batch: dict[str, Any]) -> Tokens | None:
         if self.context is None:
             return None

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from qm_lightning.backbones import HFBackbone
-from qm_lightning.backbones.incremental import IncrementalEncoder
+from qm_lightning.backbones.incremental import growing_encoder
 from qm_lightning.errors import UserError
 from qm_lightning.merging import Merger
 from qm_lightning.modules.compiling import CompileOptions
 from qm_lightning.modules.optim import OptimizerOptions
 from qm_lightning.modules.quickmerge import LossWeights, QuickMergeModule
-from qm_lightning.priors import Encoder, PriorOutput, StreamingPrior, check_streaming, streaming_targets
+from qm_lightning.priors import PriorOutput, StreamingPrior, check_streaming, streaming_targets
 from qm_lightning.tokens import MergedTokens, Tokens
 
 
@@ -70,16 +70,6 @@ class StreamingModule(QuickMergeModule):
         )
         self.predict_tokens = predict_tokens
 
-    def growing_encoder(self) -> Encoder:
-        """Backbone and merger for one batch of texts that grow; the backbone reads each token once."""
-        encode = IncrementalEncoder(self.backbone)
-
-        def merge(ids: Tensor, mask: Tensor) -> MergedTokens:
-            merged: MergedTokens = self.merger(encode(ids, mask))
-            return merged
-
-        return merge
-
     def forward(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens, PriorOutput]:
         """The whole path for one batch, whose targets are the text itself."""
         check_targets(batch)
@@ -99,7 +89,7 @@ class StreamingModule(QuickMergeModule):
         """
         inputs = batch["inputs"]
         sequences = self.prior.generate(
-            self.growing_encoder(),
+            growing_encoder(self.backbone, self.merger),
             inputs["input_ids"],
             inputs["attention_mask"].bool(),
             self.predict_tokens,

@@ -58,23 +58,27 @@ def open_trained_run(
     """
     config = _read_config(path)
     if backbone is not None:
-        config["model"]["init_args"]["backbone"]["init_args"]["name_or_path"] = backbone
+        stored = config["model"]["init_args"]["backbone"]["init_args"]
+        data = config["data"]["init_args"]
+        if data.get("tokenizer") == stored["name_or_path"]:  # it moved with the backbone
+            data["tokenizer"] = backbone
+        stored["name_or_path"] = backbone
     if checkpoint is None:
         checkpoint = "best" if (path / "checkpoints" / "best.ckpt").is_file() else "last"
-    stored = resolve_checkpoint(path, checkpoint)
+    found = resolve_checkpoint(path, checkpoint)
     module, data = _build(config)
-    content = read_checkpoint(stored.path)
+    content = read_checkpoint(found.path)
     module.on_load_checkpoint(content)
     try:
         module.load_state_dict(content["state_dict"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{stored.path} does not fit {path / 'config.yaml'} ({reason[:300]}); expected the checkpoint of "
+            f"{found.path} does not fit {path / 'config.yaml'} ({reason[:300]}); expected the checkpoint of "
             "this run; name another one with --ckpt_path"
         ) from error
     module.eval().requires_grad_(False)
-    return TrainedRun(path, _moved(module, device), data, config, stored.path, stored.step)
+    return TrainedRun(path, _moved(module, device), data, config, found.path, found.step)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

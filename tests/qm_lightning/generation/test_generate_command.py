@@ -9,6 +9,7 @@ from text_runs import Work
 
 from qm_lightning.cli import main
 from qm_lightning.errors import UserError
+from qm_lightning.export import save_pretrained
 from qm_lightning.generation import Generation, Sampling
 from qm_lightning.runtime.trained_run import TrainedRun, open_trained_run
 
@@ -109,6 +110,36 @@ def test_the_command(
     assert "Traceback" not in err
     assert main([*call, "--seed", "7"]) == 0
     assert capfd.readouterr().out == out
+
+
+@pytest.mark.parametrize("mode", ["streaming", "conditioning"])
+def test_an_export_writes_what_its_run_writes(
+    mode: str, request: pytest.FixtureRequest, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = str(request.getfixturevalue(f"{mode}_run"))
+    assert main(["export", directory, "--out", str(tmp_path / "m")]) == 0
+    prompts = ["--prompt", "import os", "def f(x):", "--seed", "3", *FEW]
+    capfd.readouterr()
+    assert main(["generate", directory, *prompts]) == 0
+    written = capfd.readouterr().out
+    assert main(["generate", str(tmp_path / "m"), *prompts]) == 0
+    out, err = capfd.readouterr()
+    assert out == written
+    assert "step 2, exported to" in err
+
+
+def test_exports_that_cannot_write(
+    streaming_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pretrained(open_trained_run(streaming_run).module, tmp_path / "m")
+    for extra, expected in (
+        ([], "does not say how its text is read"),
+        (["--ckpt_path", "last"], "is an export"),
+    ):
+        assert main(["generate", str(tmp_path / "m"), "--prompt", "a", *extra]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("error: ")
+        assert expected in line
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,29 @@ MERGERS: dict[str, Callable[[int], Merger]] = {
     "pooling": lambda vocab: DynamicPooling(FixedBudget(2.0), max_span=4, input_dim=WIDTH),
     "none": lambda vocab: NoMerge(),
 }
+# The same methods, asked to merge nothing.
+IDLE: dict[str, Callable[[int], Merger]] = {
+    "quickmerge": lambda vocab: StreamingQuickMerge(FixedBudget(1.0)),
+    "quickmerge, learned": lambda vocab: StreamingQuickMerge(
+        FixedBudget(1.0), learn_weights=True, input_dim=WIDTH
+    ),
+    "stride": lambda vocab: FixedStride(FixedBudget(1.0)),
+    "entropy": lambda vocab: EntropyThreshold(FixedBudget(1.0), vocab_size=vocab, input_dim=WIDTH),
+    "entropy, monotone": lambda vocab: EntropyThreshold(
+        FixedBudget(1.0), vocab_size=vocab, monotone=True, input_dim=WIDTH
+    ),
+    "router": lambda vocab: LearnedRouter(FixedBudget(1.0), input_dim=WIDTH),
+    "pooling": lambda vocab: DynamicPooling(FixedBudget(1.0), input_dim=WIDTH),
+}
+# And asked to close no span: with entropies the first token is one, and a router's first token stands for its span.
+OPEN: dict[str, Callable[[int], Merger]] = {
+    "quickmerge": lambda vocab: threshold_at(StreamingQuickMerge(FixedBudget(2.0), max_span=None), 9.0),
+    "quickmerge, learned": lambda vocab: threshold_at(
+        StreamingQuickMerge(FixedBudget(2.0), learn_weights=True, max_span=None, input_dim=WIDTH), 1e9
+    ),
+    "stride": lambda vocab: FixedStride(FixedBudget(100.0)),
+    "pooling": lambda vocab: DynamicPooling(FixedBudget(1e9), max_span=None, input_dim=WIDTH),
+}
 CHEATS: dict[str, Callable[[int], Merger]] = {
     "top-k": lambda vocab: TopKSpans(),
     "size": lambda vocab: SizedStarts(FixedBudget(2.0), input_dim=WIDTH),

@@ -117,7 +117,7 @@ def nats_of_uniform_tokens(name: str, steps: int = 60) -> float:
         return -float(model.log_likelihood(texts(4, 512, 16, seed=10_000)).mean())
 
 
-@pytest.mark.parametrize("name", ["quickmerge, learned", "stride", "entropy", "router", "pooling"])
+@pytest.mark.parametrize("name", MERGERS)
 def test_4_uniform_tokens_cannot_be_guessed(name: str) -> None:
     assert math.log(4) - 0.01 <= nats_of_uniform_tokens(name) < math.log(4) + 0.1
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from prior_cases import from_parts, make_merged
-from streaming_cases import WIDTH, Model, texts
+from streaming_cases import IDLE, OPEN, WIDTH, Model, texts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,9 +42,19 @@ def test_6_without_merging_and_window_it_is_a_plain_autoregressive_model() -> No
 
 
 @torch.no_grad()
-def test_6_one_open_span_is_the_local_decoder_with_the_start_vector() -> None:
-    model = Model("stride", VOCAB, window=20)
-    model.merger = FixedStride(FixedBudget(100.0))
+@pytest.mark.parametrize("name", IDLE)
+def test_6_a_merger_that_is_to_merge_nothing_is_that_model(name: str) -> None:
+    model, ids = Model("none", VOCAB), texts(VOCAB, 3, 9)
+    want = model.logits(ids)
+    model.merger = IDLE[name](VOCAB).double().eval()
+    torch.testing.assert_close(model.logits(ids), want, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OPEN)
+def test_6_one_open_span_is_the_local_decoder_with_the_start_vector(name: str) -> None:
+    model = Model("none", VOCAB, window=20)
+    model.merger = OPEN[name](VOCAB).double().eval()
     prior, ids = model.prior, texts(VOCAB, 3, 9)
     start = prior.state_projection(
         prior.trunk(prior.start.expand(3, 1, -1), torch.zeros(3, 1, 3), torch.zeros(3, 1))
