@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from qm_lightning.errors import UserError
+from qm_lightning.priors import PriorOutput
 from qm_lightning.tokens import MergedTokens
 
 
@@ -18,8 +20,8 @@ class CompileOptions:
     Attributes:
         prior: compile the prior.
         merger: compile the merger.
-        bucket: with a compiled prior, round the number of merged tokens up to a multiple of this, so that few
-            shapes are compiled; 1 = as they come.
+        bucket: with a compiled prior, round the numbers of merged tokens and of target tokens up to a multiple of
+            this, so that few shapes are compiled; 1 = as they come.
     """
 
     prior: bool = False
@@ -37,6 +39,27 @@ def compile_in_place(prior: nn.Module, merger: nn.Module, options: CompileOption
         prior.compile(dynamic=False if options.bucket > 1 else None)
     if options.merger:
         merger.compile()
+
+
+def call_in_buckets(
+    prior: Any, merged: MergedTokens, targets: Tensor, options: CompileOptions
+) -> tuple[MergedTokens, PriorOutput]:
+    """What a prior says of targets; a compiled one is given shapes from a few buckets.
+
+    Args:
+        prior: merged tokens and targets -> ``PriorOutput``.
+        merged: the context.
+        targets: [B,T] long, -100 = padding, at the end only.
+        options: what is compiled.
+
+    Returns:
+        The merged tokens as the prior read them, and its output with logits [B,T,V].
+    """
+    if not options.prior:
+        return merged, prior(merged, targets)
+    merged, length = in_buckets(merged, options.bucket), targets.shape[1]
+    output: PriorOutput = prior(merged, F.pad(targets, (0, -length % options.bucket), value=-100))
+    return merged, replace(output, logits=output.logits[:, :length])
 
 
 def in_buckets(merged: MergedTokens, multiple: int) -> MergedTokens:

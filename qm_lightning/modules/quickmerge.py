@@ -16,7 +16,7 @@ from qm_lightning.errors import UserError
 from qm_lightning.losses import alignment_losses, collapse_variance, fidelity_loss, global_mean, target_loss
 from qm_lightning.merging import Merger
 from qm_lightning.metrics import QualityMetrics
-from qm_lightning.modules.compiling import CompileOptions, compile_in_place, in_buckets
+from qm_lightning.modules.compiling import CompileOptions, call_in_buckets, compile_in_place
 from qm_lightning.modules.optim import OptimizerOptions, build_optimizer
 from qm_lightning.priors import ARPrior, PriorOutput
 from qm_lightning.runtime.frozen import FrozenBackboneMixin
@@ -91,8 +91,7 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
             seeds=batch.get("seeds"),
             context=self._context(batch),
         )
-        merged = self.merger.encode(self.backbone, batch["inputs"], tokens)
-        return tokens, in_buckets(merged, self.compiling.bucket) if self.compiling.prior else merged
+        return tokens, self.merger.encode(self.backbone, batch["inputs"], tokens)
 
     def _context(self, batch: dict[str, Any]) -> Tokens | None:
         if self.context is None:
@@ -107,7 +106,7 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
     def forward(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens, PriorOutput]:
         """The whole path for one batch (docs/architecture.md lists its keys)."""
         tokens, merged = self.merge(batch)
-        return tokens, merged, self.prior(merged, batch["targets"])
+        return tokens, *call_in_buckets(self.prior, merged, batch["targets"], self.compiling)
 
     def _losses(
         self, tokens: Tokens, merged: MergedTokens, output: PriorOutput, batch: dict[str, Any]
