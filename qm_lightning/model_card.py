@@ -9,7 +9,7 @@ _USE = {
     "conditioning": """\
 from qm_lightning.export import from_pretrained
 
-model = from_pretrained(".")
+model = from_pretrained("."{modality})
 backbone = model.load_backbone()                # {backbone}
 merged = model.merge(backbone(inputs))          # {inputs}
 ids = model.prior.generate(merged, max_new_tokens=64, temperature=0.0, eos_id={eos_id})""",
@@ -17,7 +17,7 @@ ids = model.prior.generate(merged, max_new_tokens=64, temperature=0.0, eos_id={e
 from qm_lightning.backbones.incremental import growing_encoder
 from qm_lightning.export import from_pretrained
 
-model = from_pretrained(".")
+model = from_pretrained("."{modality})
 encode = growing_encoder(model.load_backbone(), model.merger)   # {backbone}
 ids = model.prior.generate(encode, prompts, mask, max_new_tokens=64, eos_id={eos_id})   # prompts [B,N], mask [B,N]""",
 }
@@ -36,35 +36,52 @@ def model_card(config: Mapping[str, Any], weights: int) -> str:
         weights: number of them.
     """
     facts = config["facts"]
-    backbone = config["backbone"]
-    merger = config["merger"]["class"]
-    use = _USE[config["mode"]].format(
-        backbone=backbone["name_or_path"], inputs=_INPUTS[backbone["modality"]], eos_id=config["eos_id"]
-    )
+    several = "paths" in config
+    paths = config["paths"] if several else {"": config}
+    use = _USE[config["mode"]]
+    uses = [
+        use.format(
+            modality=f', modality="{name}"' if several else "",
+            backbone=path["backbone"]["name_or_path"],
+            inputs=_INPUTS[path["backbone"]["modality"]],
+            eos_id=config["eos_id"],
+        )
+        for name, path in paths.items()
+    ]
+    mergers = ", ".join(dict.fromkeys(path["merger"]["class"] for path in paths.values()))
     lines = [
         "---",
         "library_name: qm-lightning",
         "tags: [token-merging]",
         "---",
         "",
-        f"# {merger} and a causal prior ({config['mode']} mode)",
+        f"# {mergers} and a causal prior ({config['mode']} mode)",
         "",
-        f"{weights:,} weights, trained behind the frozen backbone `{backbone['name_or_path']}` "
-        f"({backbone['modality']}), which is not part of this export.",
-        f"The backbone's fingerprint is `{backbone['fingerprint']}`; another one is refused.",
+        f"{weights:,} weights, trained behind frozen backbones that are not part of this export. Each is known by its "
+        "fingerprint; another one is refused.",
+        "",
+        *(f"- {_behind(name, path)}" for name, path in paths.items()),
         "",
         *_table("Run", {k: v for k, v in facts.items() if k != "metrics"}),
         *_table("Metrics on the test shards", facts.get("metrics") or {}),
         *([] if facts.get("metrics") else ["The run was not tested, so no metric is known.", ""]),
         "## Use",
         "",
-        *("    " + line if line else "" for line in use.splitlines()),
+        *("    " + line if line else "" for line in "\n\n".join(uses).splitlines()),
         "",
         *(["On the command line: `python train.py generate . --prompt TEXT`.", ""] if config["text"] else []),
         f"Made by qm_lightning {config['versions']['qm_lightning']}, torch {config['versions']['torch']}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _behind(name: str, path: Mapping[str, Any]) -> str:
+    backbone, merger = path["backbone"], path["merger"]["class"]
+    modality = (
+        backbone["modality"] if name in ("", backbone["modality"]) else f"{name}: {backbone['modality']}"
+    )
+    return f"`{backbone['name_or_path']}` ({modality}), merged by {merger}: `{backbone['fingerprint']}`"
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> list[str]:

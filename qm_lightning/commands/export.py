@@ -80,9 +80,14 @@ def _text(data: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _metrics(run_dir: Path) -> dict[str, float]:
-    """Of the run's test, if it was tested."""
-    try:
-        found = json.loads((run_dir / "results.json").read_text())["metrics"]
-    except (OSError, ValueError, KeyError):
-        return {}
-    return {name: float(value) for name, value in found.items()}
+    """Of the run's test, if it was tested; under the names of the modalities if there are several."""
+    files = {"": run_dir / "results.json"}
+    files |= {f"{file.parent.name}/": file for file in sorted(run_dir.glob("*/results.json"))}
+    found: dict[str, float] = {}
+    for modality, file in files.items():
+        try:
+            metrics = json.loads(file.read_text())["metrics"]
+        except (OSError, ValueError, KeyError):
+            continue
+        found |= {f"{modality}{name}": float(value) for name, value in metrics.items()}
+    return found

@@ -54,7 +54,7 @@ def resolve_checkpoint(run_dir: Path, wanted: str) -> StoredRun:
             _passed_over(error)
     raise UserError(
         f"no checkpoint in {run_dir / 'checkpoints'} loads; expected last.ckpt or step_*.ckpt; "
-        "leave --ckpt_path out to start from zero"
+        "train it first (fit without --ckpt_path starts from zero)"
     )
 
 

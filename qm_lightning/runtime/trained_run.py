@@ -58,6 +58,11 @@ def open_trained_run(
     """
     config = _read_config(path)
     if backbone is not None:
+        if "paths" in config["model"]["init_args"]:
+            raise UserError(
+                f"--backbone {backbone} was given and {path} has a backbone for each modality; expected a run with "
+                "one; put them back to where its config.yaml names them"
+            )
         stored = config["model"]["init_args"]["backbone"]["init_args"]
         data = config["data"]["init_args"]
         if data.get("tokenizer") == stored["name_or_path"]:  # it moved with the backbone
@@ -89,10 +94,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         )
     config = yaml.safe_load(file.read_text())
     parts = config.get("model") if isinstance(config, dict) else None
-    if not isinstance(parts, dict) or "merger" not in parts.get("init_args", {}):
+    if not isinstance(parts, dict) or not {"merger", "paths"} & set(parts.get("init_args", {})):
         raise UserError(
-            f"{file} trains no merger and no prior; expected a run of QuickMergeModule or StreamingModule; "
-            "choose another run"
+            f"{file} trains no merger and no prior; expected a run of QuickMergeModule, StreamingModule or "
+            "MultimodalModule; choose another run"
         )
     return dict(config)
 

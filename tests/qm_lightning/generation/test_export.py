@@ -18,7 +18,8 @@ from qm_lightning.described import describe, make
 from qm_lightning.errors import UserError
 from qm_lightning.export import from_pretrained, save_pretrained
 from qm_lightning.merging import FixedBudget, MassBudget, Merger, QuickMerge
-from qm_lightning.modules import QuickMergeModule
+from qm_lightning.modules import MultimodalModule, QuickMergeModule
+from qm_lightning.modules.multimodal import ModalityPath
 from qm_lightning.priors import ARPrior
 from qm_lightning.runtime.trained_run import open_trained_run
 
@@ -121,9 +122,37 @@ def test_the_conditioning_mode(conditioning_run: Path, tmp_path: Path) -> None:
     run, model = open_trained_run(conditioning_run), from_pretrained(tmp_path / "m")
     merged = model.merge(model.load_backbone()(INPUTS))
     assert model.config["mode"] == "conditioning"
+    with pytest.raises(UserError, match="has one merger only"):
+        from_pretrained(tmp_path / "m", modality="text")
     assert "The run was not tested" in (tmp_path / "m/README.md").read_text()
     want = run.module.prior.generate(run.module.merge({"inputs": INPUTS})[1], 5, temperature=0.0)
     assert torch.equal(model.prior.generate(merged, 5, temperature=0.0), want)
+
+
+def test_several_modalities(work: Work, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    save_backbone(small_llama(width=16, depth=1, heads=2, max_tokens=64), tmp_path / "narrow", None)
+    folders = {"wide": str(work.root / "backbone"), "narrow": str(tmp_path / "narrow")}
+    module = MultimodalModule(
+        {
+            name: ModalityPath(HFBackbone(folder, layers=1), QuickMerge(FixedBudget(2.0), learn_weights=True))
+            for name, folder in folders.items()
+        },
+        lambda width, vocab: ARPrior(width, vocab, dim=16, depth=1, heads=2),
+        vocab_size=7,
+        eos_id=6,
+    )
+    module.eval().requires_grad_(False)  # as exports are: gradients take other kernels, which round otherwise
+    save_pretrained(module, tmp_path / "m")
+    targets = torch.tensor([[1, 2, 6]])
+    for name in folders:
+        model = from_pretrained(tmp_path / "m", modality=name)
+        want = module({"inputs": INPUTS, "targets": targets, "modality": name})[2].logits
+        assert torch.equal(model(model.load_backbone()(INPUTS), targets).logits, want)
+        assert f'from_pretrained(".", modality="{name}")' in (tmp_path / "m/README.md").read_text()
+    for modality in (None, "smell"):
+        with pytest.raises(UserError, match=r"holds several modalities.*one of wide, narrow"):
+            from_pretrained(tmp_path / "m", modality=modality)
 
 
 class Own(QuickMerge):
