@@ -121,12 +121,18 @@ def _from_run(options: argparse.Namespace) -> _Writer:
 def _from_export(options: argparse.Namespace) -> _Writer:
     from datamodules.text import TextDataModule
     from qm_lightning.export import from_pretrained
+    from qm_lightning.export_files import read_config
     from qm_lightning.generation import WritingParts
 
     if options.ckpt_path is not None:
         raise UserError(
             f"{options.run_dir} is an export, which holds one set of weights, and --ckpt_path {options.ckpt_path} "
             "was given; expected the directory of a training; leave --ckpt_path out"
+        )
+    if "paths" in read_config(options.run_dir):
+        raise UserError(
+            f"{options.run_dir} is an export of several modalities; expected one of text alone; open it from Python "
+            "with from_pretrained(..., modality=NAME)"
         )
     model = from_pretrained(options.run_dir, device=options.device)
     text: dict[str, Any] | None = model.config.get("text")

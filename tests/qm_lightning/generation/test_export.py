@@ -35,10 +35,12 @@ from qm_lightning.export import from_pretrained
 model = from_pretrained(sys.argv[1])
 backbone = model.load_backbone()
 ids = torch.tensor([list(b"import os, sys\\n")])
-encode = lambda ids, mask: model.merge(backbone({"input_ids": ids, "attention_mask": mask.long()}))
 out = model(backbone({"input_ids": ids, "attention_mask": torch.ones_like(ids)}), ids)
 print(f"{out.logits.double().sum().item():.6f}")
-print(model.prior.generate(encode, ids, ids >= 0, 4, temperature=0.0).shape[1])
+from qm_lightning.generation import Generation, Sampling, WritingParts
+parts = WritingParts(backbone, model.merger, model.prior)
+*_, rows = Generation(parts, list(ids), lambda written: "", Sampling(4, temperature=0.0))
+print(len(rows[0].ids))
 """
 
 

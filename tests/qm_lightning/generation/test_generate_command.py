@@ -132,11 +132,14 @@ def test_exports_that_cannot_write(
     streaming_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_pretrained(open_trained_run(streaming_run).module, tmp_path / "m")
-    for extra, expected in (
-        ([], "does not say how its text is read"),
-        (["--ckpt_path", "last"], "is an export"),
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n/config.json").write_text('{"format": 2, "prior": {}, "paths": {}}')
+    for name, extra, expected in (
+        ("m", [], "does not say how its text is read"),
+        ("m", ["--ckpt_path", "last"], "is an export"),
+        ("n", [], "is an export of several modalities"),
     ):
-        assert main(["generate", str(tmp_path / "m"), "--prompt", "a", *extra]) == 2
+        assert main(["generate", str(tmp_path / name), "--prompt", "a", *extra]) == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert line.startswith("error: ")
         assert expected in line
