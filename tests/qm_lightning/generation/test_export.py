@@ -157,6 +157,26 @@ def test_several_modalities(work: Work, tmp_path: Path) -> None:
             from_pretrained(tmp_path / "m", modality=modality)
 
 
+def test_the_run_of_a_mixture(work: Work, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *work.mixture_options("mixture")]) == 0
+    run = str(work.root / "mixture")
+    assert main(["export", run, "--out", str(tmp_path / "m")]) == 0
+    model = from_pretrained(tmp_path / "m", modality="second")
+    weights = open_trained_run(Path(run)).module.state_dict()
+    assert {f"prior.{name}": x.shape for name, x in model.prior.state_dict().items()} == {
+        name: x.shape for name, x in weights.items() if name.startswith("prior.")
+    }
+    assert all(torch.equal(x, weights[f"prior.{name}"]) for name, x in model.prior.state_dict().items())
+    capsys.readouterr()
+    for call, expected in (
+        (["export", run, "--out", str(tmp_path / "n"), "--backbone", "x"], "a backbone for each modality"),
+        (["generate", run, "--prompt", "a"], "was trained on MixtureDataModule; expected TextDataModule"),
+        (["generate", str(tmp_path / "m"), "--prompt", "a"], "is an export of several modalities"),
+    ):
+        assert main(call) == 2
+        assert expected in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 class Own(QuickMerge):
     """A user's merger."""
 

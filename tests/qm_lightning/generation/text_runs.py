@@ -1,5 +1,6 @@
 """Options of small trainings on bytes."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,33 @@ class Work:
         config["data"] = {"class_path": "datamodules.TextDataModule"}
         file.write_text(yaml.safe_dump(config))
         return self._common(run, file, "pairs")
+
+    def mixture_options(self, run: str) -> list[str]:
+        """One prior for two parts, which are the same text."""
+        text = {"root": str(self.root / "data"), "batch_size": 8, "targets": "text"}
+        backbone = {"name_or_path": str(self.root / "backbone"), "layers": 2}
+        budget = {"class_path": "qm_lightning.merging.FixedBudget", "init_args": {"compression": 2.0}}
+        path = {
+            "backbone": {"class_path": "qm_lightning.backbones.HFBackbone", "init_args": backbone},
+            "merger": {"class_path": "qm_lightning.merging.UniformPool", "init_args": {"budget": budget}},
+        }
+        prior = {"dim": 32, "depth": 1, "heads": 2}
+        names = ("first", "second")
+        parts = {name: {"class_path": "datamodules.TextDataModule", "init_args": text} for name in names}
+        config = {
+            "trainer": str(CONFIGS / "trainer/cpu.yaml"),
+            "data": {"class_path": "datamodules.MixtureDataModule", "init_args": {"parts": parts}},
+            "model": {
+                "class_path": "qm_lightning.modules.MultimodalModule",
+                "init_args": {
+                    "paths": dict.fromkeys(names, path),
+                    "prior": {"class_path": "qm_lightning.priors.ARPrior", "init_args": prior},
+                },
+            },
+        }
+        file = self.root / "mixture.yaml"
+        file.write_text(json.dumps(config))
+        return ["--config", str(file), "--run_dir", str(self.root / run), *QUIET, *SHORT]
 
     def _common(self, run: str, config: Path, data: str) -> list[str]:
         small = ["--model.prior.init_args.dim", "32", "--model.prior.init_args.heads", "2"]
