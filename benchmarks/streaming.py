@@ -27,7 +27,7 @@ from qm_lightning.cli import main as command
 from qm_lightning.generation import Generation, Sampling
 from qm_lightning.modules import QuickMergeModule
 from qm_lightning.runtime.find_checkpoint import resolve_checkpoint
-from qm_lightning.runtime.flop_count import count_step
+from qm_lightning.runtime.flop_count import count_step, flop_counter
 from qm_lightning.runtime.trained_run import TrainedRun, open_trained_run
 
 EXPERIMENT = Path(__file__).parents[1] / "configs" / "experiment" / "text_streaming.yaml"
@@ -89,7 +89,11 @@ def step_flops(run: TrainedRun, backbone: bool) -> int:
     """FLOPs of a training step on a batch of validation texts, with or without the frozen backbone's."""
     batch = next(iter(run.data.val_dataloader()))
     whole = count_step(trainable(run.module), batch)
-    return whole if backbone else whole - count_step(run.module.backbone, batch["inputs"])
+    if backbone:
+        return whole
+    with flop_counter() as counter:  # as the merger asks for it: with attention statistics or without
+        run.module.merger.read(run.module.backbone, batch["inputs"])
+    return whole - int(counter.get_total_flops())
 
 
 def trained(
