@@ -45,6 +45,9 @@ from qm_lightning.runtime.strategy import TIMEOUT_VARIABLE
 from qm_lightning.runtime.world import resolve_world
 
 SAMPLES, WIDTH = 40, 8
+HANGS_AFTER_S = (
+    240.0  # a rank computes for two seconds; on a machine that is busy with other work it waits long
+)
 
 
 def write_shards(root: Path) -> Path:
@@ -351,7 +354,12 @@ def free_port() -> int:
 
 
 def run(
-    attempt: Attempt, data: Path, run_dir: Path, trace: Path, timeout: float = 60, wait_for: int | None = None
+    attempt: Attempt,
+    data: Path,
+    run_dir: Path,
+    trace: Path,
+    timeout: float = HANGS_AFTER_S,
+    wait_for: int | None = None,
 ) -> list[Outcome]:
     """Start every rank, wait for all (or the first so many, and kill the rest); fails if one hangs."""
     context = mp.get_context("forkserver")
