@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).parents[3]
+HANGS_AFTER_S = 300.0  # starting takes ten seconds; on a machine that is busy with other work, minutes
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 
 
@@ -28,12 +29,12 @@ class Node:
         """Everything that the launcher and its workers have printed so far."""
         return self.log.read_text(errors="replace")
 
-    def wait(self, seconds: float) -> int:
+    def wait(self) -> int:
         """The launcher's exit code."""
         try:
-            return self.process.wait(seconds)
+            return self.process.wait(HANGS_AFTER_S)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"the node did not end within {seconds} s:\n{self.text}") from None
+            raise AssertionError(f"the node hangs:\n{self.text}") from None
 
     def kill(self) -> None:
         """The whole machine is gone: launcher and workers, without a word."""
@@ -68,7 +69,7 @@ class Job:
         """Start a launcher."""
         log = self.folder / f"node{len(self.nodes)}.txt"
         out: IO[bytes] = log.open("wb")
-        usual = {"OMP_NUM_THREADS": "1", "QM_LIGHTNING_TIMEOUT_S": "60", "TORCHRUN": str(TORCHRUN)}
+        usual = {"OMP_NUM_THREADS": "1", "QM_LIGHTNING_TIMEOUT_S": "200", "TORCHRUN": str(TORCHRUN)}
         with out:
             process = subprocess.Popen(
                 command, cwd=self.folder, env=os.environ | usual | env, stdout=out, stderr=subprocess.STDOUT
@@ -76,9 +77,9 @@ class Job:
         self.nodes.append(Node(process, log))
         return self.nodes[-1]
 
-    def await_that(self, happened: Callable[[], bool], seconds: float = 90) -> None:
+    def await_that(self, happened: Callable[[], bool]) -> None:
         """Wait for something, unless every node has ended."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + HANGS_AFTER_S
         while not happened():
             texts = "\n".join(node.text for node in self.nodes)
             assert any(node.process.poll() is None for node in self.nodes), texts

@@ -117,6 +117,44 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(shards: Path, tmp_path
     assert "resume: step 4" in third[0].text
 
 
+def test_a_disk_that_runs_full_in_training(small_disk: Path, shards: Path, tmp_path: Path) -> None:
+    """No stand-in: a file system without room. What was saved before stays, and the training goes on from there."""
+    attempt = Attempt(max_steps=12, checkpoint_every=2)
+    full = replace(attempt, fill_disk_at=5)
+    first = run(full, shards, small_disk / "run", tmp_path / "trace")
+    assert first[0].code == 2, first[0].text
+    assert "disk full: 0.0 MiB free" in first[0].text
+    assert "the one before it is kept" in first[0].error
+    assert len(traced(tmp_path / "trace")) == 12  # it trained to its end, in the hope of room
+    last = small_disk / "run/checkpoints/last.ckpt"
+    assert read_checkpoint(last)["global_step"] == 4
+    assert not [path for path in last.parent.iterdir() if "tmp" in path.name]
+
+    again = replace(attempt, ckpt_path="last")
+    blocked = run(again, shards, small_disk / "run", tmp_path / "trace")
+    assert blocked[0].code == 2, blocked[0].text
+    assert f"cannot write in {small_disk / 'run'}: No space left on device" in blocked[0].error
+
+    (small_disk / "run/filler").unlink()
+    third = run(again, shards, small_disk / "run", tmp_path / "trace")
+    assert third[0].code == 0, third[0].text
+    assert "resume: step 4" in third[0].text
+    rows = (small_disk / "run/metrics.csv").read_text().splitlines()
+    steps = [row.split(",")[rows[0].split(",").index("step")] for row in rows[1:]]
+    assert steps == [str(step) for step in range(12)]
+
+
+def test_a_killed_training_misses_no_row_of_metrics(shards: Path, tmp_path: Path) -> None:
+    attempt = Attempt(checkpoint_every=2, trainer={"limit_val_batches": 0})
+    kill = replace(attempt, signal_at=(7, 0), signal=signal.SIGKILL)
+    assert run(kill, shards, tmp_path / "run", tmp_path / "trace")[0].code == -signal.SIGKILL
+    again = replace(attempt, ckpt_path="last")
+    assert run(again, shards, tmp_path / "run", tmp_path / "trace")[0].code == 0
+    rows = (tmp_path / "run/metrics.csv").read_text().splitlines()
+    steps = [row.split(",")[rows[0].split(",").index("step")] for row in rows[1:]]
+    assert steps == [str(step) for step in range(12)]
+
+
 def test_pre_emption_on_a_full_disk_does_not_claim_a_save(shards: Path, tmp_path: Path) -> None:
     run(Attempt(max_steps=4), shards, tmp_path / "run", tmp_path / "trace")
     full = Attempt(max_steps=9, ckpt_path="last", file_limit=3000, signal_at=(2, 0))

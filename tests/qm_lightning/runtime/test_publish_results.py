@@ -41,8 +41,8 @@ def test_the_evaluation_goes_to_the_run_of_the_training(
     results = json.loads(Path("run/results.json").read_text())
     assert row["trainer/global_step"] == 2
     assert row["test/quality/nats"] == pytest.approx(results["metrics"]["quality/nats"])
-    assert row["test/results"]["_type"] == "table-file"
-    assert row["test/merge"]["count"] == 4
+    assert row["test/results._type"] == "table-file"
+    assert row["test/merge.count"] == 4
     (table,) = Path("run/wandb").glob("offline-run-*/files/media/table/test/results*.json")
     shown = json.loads(table.read_text())
     values = dict(zip(shown["columns"], shown["data"][0], strict=True))

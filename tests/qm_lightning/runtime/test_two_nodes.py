@@ -1,6 +1,5 @@
 """Two nodes, one training: each node has a launcher of its own, which knows of the other only by the network."""
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from two_machines import TwoMachines
 from qm_lightning.cli import main
 from qm_lightning.runtime.checkpoint_io import read_checkpoint
 
+pytestmark = pytest.mark.timeout(1200)
 ENDLESS = ["--trainer.max_steps", "100000", "--checkpoint_every", "1"]
 
 
@@ -48,11 +48,9 @@ def last(run_dir: Path) -> dict[str, object]:
 def start_both(job: Job, words: list[str], **env: str) -> None:
     """Start two launchers that meet by c10d, as a user would: `torchrun.sh` on both."""
     port = str(free_port())
+    usual = {"NNODES": "2", "HEAD": "127.0.0.1", "PORT": port, "JOB": "j", "RESTARTS": "0"}
     for rank in (0, 1):
-        job.start(
-            shipped(words), NNODES="2", HEAD="127.0.0.1", PORT=port, JOB="j", RESTARTS="0",
-            **({"IS_HOST": str(1 - rank)} | env),
-        )  # fmt: skip
+        job.start(shipped(words), **usual | env | {"IS_HOST": str(1 - rank)})
 
 
 def test_two_launchers_make_one_training(fit: list[str], job: Job, tmp_path: Path) -> None:
@@ -63,7 +61,7 @@ def test_two_launchers_make_one_training(fit: list[str], job: Job, tmp_path: Pat
         words = [*short, "--data.batch_size", "4", "--run_dir", str(run_dir)]
         job.start(static(rank, port, words))
     assert main([*short, "--run_dir", str(tmp_path / "one")]) == 0
-    assert [node.wait(120) for node in job.nodes] == [0, 0], job.nodes[0].text
+    assert [node.wait() for node in job.nodes] == [0, 0], job.nodes[0].text
     one, two = last(tmp_path / "one"), last(run_dir)
     assert two["global_step"] == 4
     for name, weight in one["state_dict"].items():  # type: ignore[attr-defined]
@@ -74,7 +72,7 @@ def test_two_launchers_make_one_training(fit: list[str], job: Job, tmp_path: Pat
 @pytest.mark.slow
 def test_the_shipped_launch_file_meets_by_c10d(fit: list[str], job: Job, tmp_path: Path) -> None:
     start_both(job, [*fit, "--run_dir", str(tmp_path / "run")])
-    assert [node.wait(150) for node in job.nodes] == [0, 0], job.nodes[0].text
+    assert [node.wait() for node in job.nodes] == [0, 0], job.nodes[0].text
     assert last(tmp_path / "run")["global_step"] == 8
     for noise in ("sync_dist", "eval mode", "deprecated", "weights_only"):
         assert noise not in job.nodes[0].text
@@ -93,7 +91,7 @@ def test_an_elastic_job_goes_on_with_the_node_that_is_left(fit: list[str], job: 
     reached = newest_step(run_dir)
     job.await_that(lambda: newest_step(run_dir) >= reached + 3)
     first.process.send_signal(signal.SIGTERM)
-    first.wait(60)
+    first.wait()
     assert "lost another rank" in first.text
     assert "resume: step" in first.text
     resumed = int(first.text.split("resume: step ")[1].split()[0])
@@ -109,7 +107,7 @@ def test_two_machines_with_addresses_of_their_own(
     for node in (0, 1):
         command = machines.on(node, shipped([*fit, "--run_dir", str(tmp_path / "run")]))
         job.start(command, NNODES="2", HEAD="node0", JOB="j", RESTARTS="0")
-    assert [node.wait(150) for node in job.nodes] == [0, 0], job.nodes[1].text
+    assert [node.wait() for node in job.nodes] == [0, 0], job.nodes[1].text
     assert last(tmp_path / "run")["global_step"] == 8
 
 
@@ -120,7 +118,7 @@ def test_the_doctor_shows_both_machines(
     for node in (0, 1):
         words = ["doctor", "--nodes", "--run_dir", str(tmp_path), "--data", fit[fit.index("--data.root") + 1]]
         job.start(machines.on(node, shipped(words)), NNODES="2", HEAD="node0", JOB="j", RESTARTS="0")
-    assert [node.wait(150) for node in job.nodes] == [0, 0], job.nodes[1].text
+    assert [node.wait() for node in job.nodes] == [0, 0], job.nodes[1].text
     for fact in ("node0", "node1", "10.77.0.1", "10.77.0.2"):
         assert fact in job.nodes[0].text
 
@@ -133,16 +131,16 @@ def test_a_pulled_cable_ends_both_machines_within_the_timeout(
     for node in (0, 1):
         command = machines.on(node, shipped([*fit, *ENDLESS, "--run_dir", str(run_dir)]))
         job.start(
-            command, NNODES="2", HEAD="node0", JOB="j", RESTARTS="0", QM_LIGHTNING_TIMEOUT_S="8",
+            command, NNODES="2", HEAD="node0", JOB="j", RESTARTS="0", QM_LIGHTNING_TIMEOUT_S="20",
             RDZV_CONF="read_timeout=20",
         )  # fmt: skip
     job.await_that(lambda: newest_step(run_dir) >= 3)
     machines.pull_the_cable()
     pulled = time.monotonic()
     lost = [f"rank {rank} of 2 on node{rank} lost another rank" for rank in (0, 1)]
-    job.await_that(lambda: all(line in node.text for line, node in zip(lost, job.nodes, strict=True)), 40)
-    assert time.monotonic() - pulled >= 7
-    assert all(node.wait(120) != 0 for node in job.nodes)
+    job.await_that(lambda: all(line in node.text for line, node in zip(lost, job.nodes, strict=True)))
+    assert 19 <= time.monotonic() - pulled < 60
+    assert all(node.wait() != 0 for node in job.nodes)
     assert last(run_dir)["global_step"] >= 3
 
 
@@ -154,6 +152,6 @@ def test_a_machine_without_the_others_names_the_missing_rank(
     port = free_port()
     job.start(static(0, port, [*fit, "--run_dir", str(tmp_path / "run")]), QM_LIGHTNING_TIMEOUT_S="15")
     job.start(static(1, port, ["--version"]))
-    assert job.nodes[0].wait(120) != 0
+    assert job.nodes[0].wait() != 0
     assert "rank 1 of 2 did not reach" in job.nodes[0].text
-    assert not os.listdir(tmp_path / "run") if (tmp_path / "run").exists() else True
+    assert not (tmp_path / "run/checkpoints").exists()
