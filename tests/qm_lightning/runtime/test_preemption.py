@@ -119,7 +119,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(shards: Path, tmp_path
 
 def test_a_disk_that_runs_full_in_training(small_disk: Path, shards: Path, tmp_path: Path) -> None:
     """No stand-in: a file system without room. What was saved before stays, and the training goes on from there."""
-    attempt = Attempt(max_steps=12, checkpoint_every=2)
+    attempt = Attempt(max_steps=12, checkpoint_every=2, trainer={"limit_val_batches": 0})
     full = replace(attempt, fill_disk_at=5)
     first = run(full, shards, small_disk / "run", tmp_path / "trace")
     assert first[0].code == 2, first[0].text
