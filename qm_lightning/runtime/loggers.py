@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
@@ -10,9 +9,7 @@ from lightning.pytorch.loggers import Logger
 from qm_lightning.runtime.csv_log import RunCSVLogger
 from qm_lightning.runtime.rendezvous import on_rank_zero
 from qm_lightning.runtime.run_directory import RunDirectory
-from qm_lightning.runtime.shared_run import join_shared_run
 from qm_lightning.runtime.wandb_run import RunLogger, TrackingOptions, announce_mode, wandb_mode
-from qm_lightning.runtime.world import resolve_world
 
 __all__ = ["TrackingOptions", "make_loggers", "wandb_mode"]
 
@@ -34,11 +31,7 @@ def make_loggers(
     loggers: list[Logger] = [RunCSVLogger(run.path, run.step if run.ckpt_path else None)]
     mode = on_rank_zero(lambda: announce_mode(run.path, run.run_id, options)) if options.wandb else "disabled"
     if mode != "disabled":
-        world = resolve_world(os.environ)
-        shared = options.all_nodes and mode == "online" and world.num_nodes > 1
-        logger = RunLogger.for_run(run.path, run.run_id, name, options, "shared" if shared else mode)
+        logger = RunLogger.for_run(run.path, run.run_id, name, options, mode)
         logger.start(config, run.path / "config.yaml")
         loggers.append(logger)
-        if shared and on_rank_zero(lambda: logger.mode) == "shared":
-            join_shared_run(run.path, run.run_id, options, world)
     return loggers

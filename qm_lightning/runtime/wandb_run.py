@@ -32,8 +32,6 @@ class TrackingOptions:
         tags: labels of the run.
         notes: free text of the run.
         artifacts: keep ``best`` and ``last`` as artifacts at the end; W&B copies each on the local disk first.
-        all_nodes: system metrics of every node in the one run, online only, by W&B's `shared` mode, which W&B
-            calls experimental; otherwise those of rank 0's node.
     """
 
     wandb: bool = True
@@ -44,7 +42,6 @@ class TrackingOptions:
     tags: list[str] = field(default_factory=list)
     notes: str | None = None
     artifacts: bool = False
-    all_nodes: bool = False
 
 
 def wandb_mode(requested: str | None = None, env: Mapping[str, str] = os.environ) -> tuple[str, str]:
@@ -88,24 +85,6 @@ def announce_mode(run_dir: Path, run_id: str, options: TrackingOptions) -> str:
     return mode
 
 
-def run_settings(node: int | None = None) -> Any:
-    """Settings of ``wandb.init``: a bounded wait, no chatter; in a shared run also whose metrics these are.
-
-    Args:
-        node: number of this node in a shared run; node 0 owns the run, the others add their metrics to it.
-    """
-    import wandb
-
-    settings: dict[str, Any] = {"init_timeout": _INIT_TIMEOUT_S, "quiet": True, "console": "off"}
-    if node is not None:
-        settings |= {
-            "x_label": f"node{node}",
-            "x_primary": node == 0,
-            "x_update_finish_state": node == 0,
-        }
-    return wandb.Settings(**settings)
-
-
 class RunLogger(WandbLogger):
     """Lightning's logger with an id that a resume keeps, and a way out when the network fails."""
 
@@ -118,11 +97,13 @@ class RunLogger(WandbLogger):
             run_id: the id that the run keeps for its whole life.
             name: the run's name in the dashboard.
             options: what to track.
-            mode: ``online`` or ``offline``; ``shared``: online, and other nodes will join.
+            mode: ``online`` or ``offline``.
 
         Returns:
             The logger.
         """
+        import wandb
+
         return cls(
             save_dir=run_dir,
             project=options.project,
@@ -135,13 +116,8 @@ class RunLogger(WandbLogger):
             group=options.group,
             tags=options.tags or None,
             notes=options.notes,
-            settings=run_settings(node=0 if mode == "shared" else None),
+            settings=wandb.Settings(init_timeout=_INIT_TIMEOUT_S, quiet=True, console="off"),
         )
-
-    @property
-    def mode(self) -> str:
-        """``online``, ``offline`` or ``shared``, as it turned out."""
-        return str(self._wandb_init["mode"])
 
     @rank_zero_only
     def open(self) -> None:

@@ -95,27 +95,6 @@ def test_online_a_resume_goes_on_in_the_same_run(server: StandIn, shards: Path, 
 
 
 @pytest.mark.slow
-def test_every_node_adds_its_system_metrics_where_that_is_asked_for(
-    server: StandIn, shards: Path, tmp_path: Path
-) -> None:
-    """Two SLURM nodes; a pre-emption and a resume on the way."""
-    attempt = Attempt(
-        world=2, launcher="slurm", tracking={"project": "p", "all_nodes": True}, signal_at=(4, 0),
-        env=own_home(tmp_path) | server.environment | {"WANDB_X_STATS_SAMPLING_INTERVAL": "0.2"},
-    )  # fmt: skip
-    first = run(attempt, shards, tmp_path / "run", tmp_path / "trace")
-    assert [o.code for o in first] == [75, 75], first[0].text
-    again = replace(attempt, signal_at=None, ckpt_path="last")
-    second = run(again, shards, tmp_path / "run", tmp_path / "trace")
-    assert [o.code for o in second] == [0, 0], second[0].text
-    (told,) = server.runs.values()
-    names = {name for row in told["events"] for name in row}
-    assert {name.partition("/l:")[2] for name in names if name.startswith("system.")} >= {"node0", "node1"}
-    losses = [row["trainer/global_step"] for row in told["history"] if "train/loss/total" in row]
-    assert sorted(losses) == list(range(12))
-
-
-@pytest.mark.slow
 def test_offline_pieces_are_stitched_by_sync(server: StandIn, shards: Path, tmp_path: Path) -> None:
     attempt = Attempt(tracking={"mode": "offline"}, env=own_home(tmp_path), signal_at=(4, 0))
     run(attempt, shards, tmp_path / "run", tmp_path / "trace")
