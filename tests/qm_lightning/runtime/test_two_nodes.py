@@ -14,7 +14,7 @@ from two_machines import TwoMachines
 from qm_lightning.cli import main
 from qm_lightning.runtime.checkpoint_io import read_checkpoint
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(1800)
 ENDLESS = ["--trainer.max_steps", "100000", "--checkpoint_every", "1"]
 
 
