@@ -2,6 +2,8 @@
 
 Claims: callbacks and logs cost at most 3 % of a step of the demo against Lightning's `barebones`; a checkpoint of the
 demo's prior behind a frozen backbone of 100 M parameters takes at most 1/50 of the time and bytes of saving all.
+An exact resume needs the trained weights and both of Adam's moments, 12 bytes a parameter, which nothing else
+determines; what these alone allow is reported beside the bytes found.
 A step is counted in CPU seconds of the training process, which other work on the machine does not stretch, and in
 wall seconds beside it; rivals take turns in one process.
 """
@@ -53,6 +55,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--steps", type=int, default=30, help="counted steps of each fit")
     options.add_argument("--rounds", type=int, default=3, help="turns of each rival")
+    options.add_argument("--out", type=Path, default=RESULTS, help="file that the figures are added to")
     options.add_argument("--ranks", type=int, default=2, help="ranks of the pre-empted job")
     options.add_argument(
         "--parts", nargs="+", default=["checkpoint", "preemption", "step"], help="what to measure"
@@ -63,16 +66,16 @@ def main() -> None:
         folder = Path(name)
         prepare(folder)
         # Parts that were measured before, each with its own configuration, are kept.
-        results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        results: dict[str, Any] = json.loads(chosen.out.read_text()) if chosen.out.is_file() else {}
         parts: dict[str, Callable[[], dict[str, Any]]] = {
-            "checkpoint": lambda: checkpoint_cost(folder),
+            "checkpoint": lambda: checkpoint_cost(folder, chosen.rounds),
             "preemption": lambda: preemption(folder, chosen.ranks),
             "step": lambda: step_overhead(folder, chosen.steps, chosen.rounds),
         }
         for part in chosen.parts:
             results[part] = {"configuration": configuration(chosen), **parts[part]()}
-            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    _print(results)
+            chosen.out.write_text(json.dumps(results, indent=2) + "\n")
+    _print(results, chosen.out)
 
 
 def configuration(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -80,7 +83,8 @@ def configuration(chosen: argparse.Namespace) -> dict[str, Any]:
     return {
         "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(), "threads": 1, "load_average": os.getloadavg(), "batch": 64,
-        "experiment": "configs/experiment/image.yaml, backbone not trained", **vars(chosen),
+        "experiment": "configs/experiment/image.yaml, backbone not trained",
+        "steps": chosen.steps, "rounds": chosen.rounds, "ranks": chosen.ranks,
     }  # fmt: skip
 
 
@@ -172,7 +176,7 @@ def step_overhead(folder: Path, steps: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def checkpoint_cost(folder: Path) -> dict[str, float]:
+def checkpoint_cost(folder: Path, rounds: int) -> dict[str, Any]:
     """Our checkpoint behind 100 M frozen parameters, against Lightning's of everything."""
     model = ViTModel(ViTConfig(num_hidden_layers=14, image_size=64, patch_size=8, num_channels=1))
     save_backbone(model, folder / "large", preprocessing_of(model))
@@ -199,20 +203,19 @@ def checkpoint_cost(folder: Path) -> dict[str, float]:
 
     save_ours()  # the backbone's fingerprint is computed once and kept
     seconds: dict[str, list[float]] = {"ours": [], "all": []}
-    for _ in range(5):
+    for _ in range(rounds):
         for name, save in (("ours", save_ours), ("all", save_all)):
             began = time.perf_counter()
             save()
             seconds[name].append(time.perf_counter() - began)
     sizes = {name: (folder / f"{name}.ckpt").stat().st_size for name in seconds}
     frozen = sum(p.numel() for p in module.backbone.parameters())
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return {
-        "frozen_parameters": frozen,
-        "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
-        "ours_seconds": min(seconds["ours"]), "all_seconds": min(seconds["all"]),
-        "ours_bytes": sizes["ours"], "all_bytes": sizes["all"],
-        "seconds_ratio": min(seconds["all"]) / min(seconds["ours"]),
+        "frozen_parameters": frozen, "trained_parameters": trained, "seconds": seconds, "bytes": sizes,
+        "seconds_ratio": statistics.median(a / b for a, b in zip(seconds["all"], seconds["ours"], strict=True)),
         "bytes_ratio": sizes["all"] / sizes["ours"],
+        "bytes_ratio_of_weights_and_moments_alone": (4 * frozen + 12 * trained) / (12 * trained),
     }  # fmt: skip
 
 
@@ -255,18 +258,20 @@ def _launch(folder: Path, run: Path, ranks: int, after: int) -> tuple[subprocess
     raise RuntimeError(f"the job ended with {job.returncode} before its first step; expected it to train")
 
 
-def _print(results: dict[str, Any]) -> None:
+def _print(results: dict[str, Any], out: Path) -> None:
     table = Table("what", "found", "claim")
     if step := results.get("step"):
         table.add_row("step with everything / barebones, CPU", f"{step['cpu_ratio']:.3f}", "<= 1.03")
         table.add_row("step with everything / barebones, wall", f"{step['wall_ratio']:.3f}", "")
     if checkpoint := results.get("checkpoint"):
         table.add_row("saving all / ours, seconds", f"{checkpoint['seconds_ratio']:.0f}", ">= 50")
-        table.add_row("saving all / ours, bytes", f"{checkpoint['bytes_ratio']:.0f}", ">= 50")
+        table.add_row("saving all / ours, bytes", f"{checkpoint['bytes_ratio']:.1f}", ">= 50")
+        best = checkpoint.get("bytes_ratio_of_weights_and_moments_alone")
+        table.add_row("the same, weights and moments alone", f"{best:.1f}" if best else "-", "")
     for name, seconds in results.get("preemption", {}).items():
         if name != "configuration":
             table.add_row(name, f"{seconds:.1f} s", "")
-    Console().print(table, f"written to {RESULTS}")
+    Console().print(table, f"written to {out}")
 
 
 if __name__ == "__main__":

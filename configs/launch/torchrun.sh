@@ -35,6 +35,6 @@ torchrun=.venv/bin/torchrun
 [ -x "$torchrun" ] || torchrun=torchrun
 exec "${TORCHRUN:-$torchrun}" \
   --nnodes="$NNODES" --nproc-per-node="$GPUS" --max-restarts="$RESTARTS" --monitor-interval=1 \
-  --rdzv-backend=c10d --rdzv-id="$JOB" --rdzv-endpoint="$HEAD:$PORT" --rdzv-conf="is_host=${IS_HOST:-$is_host}" \
+  --rdzv-backend=c10d --rdzv-id="$JOB" --rdzv-endpoint="$HEAD:$PORT" --rdzv-conf="is_host=${IS_HOST:-$is_host}${RDZV_CONF:+,$RDZV_CONF}" \
   --shutdown-timeout=60 \
   -- "$(dirname "$0")/../../train.py" "$@"

@@ -86,7 +86,7 @@ class PreemptionGuard(Callback):
         if trainer.global_step % every or validation_follows(trainer):
             return
         if verdict := self._compare_notes():
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
             flush_step_metrics(trainer)
             self._leave(trainer, verdict)
 
@@ -105,7 +105,7 @@ class PreemptionGuard(Callback):
             return
         if verdict := self._compare_notes():
             self._in_validation = True
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
             self._leave(trainer, verdict)
 
     def on_save_checkpoint(

@@ -62,8 +62,8 @@ class CheckpointArtifacts(Callback):
         self.run = run
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hand the files over."""
+        """Hand the files over; ``last`` comes last, for W&B calls the newest version ``latest``."""
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
-                paths = [self.run.checkpoints / name for name in ("last.ckpt", "best.ckpt")]
+                paths = [self.run.checkpoints / name for name in ("best.ckpt", "last.ckpt")]
                 logger.keep_checkpoints(self.run.run_id, paths)

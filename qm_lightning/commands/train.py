@@ -25,8 +25,12 @@ from qm_lightning.packaged import packaged_model
 from qm_lightning.results import write_predictions, write_results
 from qm_lightning.runtime.allowed_imports import limit_imports
 from qm_lightning.runtime.assemble import always_on_callbacks, trainer_arguments
+from qm_lightning.runtime.known_warnings import silence_false_alarms
 from qm_lightning.runtime.loggers import TrackingOptions, make_loggers
+from qm_lightning.runtime.lost_rank import EXIT_CODE as LOST_RANK
+from qm_lightning.runtime.lost_rank import describe_loss
 from qm_lightning.runtime.option_errors import explain, name_arguments
+from qm_lightning.runtime.publish_results import publish_results
 from qm_lightning.runtime.rank_facts import collect_facts, require_same
 from qm_lightning.runtime.run_directory import Policy, RunDirectory, open_run_directory
 from qm_lightning.runtime.world import resolve_world
@@ -50,6 +54,7 @@ class QuickMergeCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         limit_imports()
+        silence_false_alarms()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -122,7 +127,7 @@ class QuickMergeCLI(LightningCLI):
             policy=config.resume_policy,
             accelerator=config.trainer.accelerator,
         )
-        config.ckpt_path = self.run.ckpt_path
+        config.ckpt_path, config.weights_only = self.run.ckpt_path, True
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer whose sizes come from the launcher and whose callbacks keep the run resumable."""
@@ -160,9 +165,12 @@ class QuickMergeCLI(LightningCLI):
         return [MergePictures(self.run.path / "report" / "examples")] if merges else []
 
     def after_test(self) -> None:
-        """Write results.json: quality, cost and configuration of the tested run."""
+        """Write results.json: quality, cost and configuration of the tested run; show them in its W&B run."""
         if isinstance(self.model, QuickMergeModule):
             write_results(self.run.path, self.config_dump, self.trainer, self.model, self.datamodule)
+            config = self.config[self.subcommand]
+            if self.trainer.is_global_zero:
+                publish_results(self.run, config.name, config.logger)
 
     def predict(self, **kwargs: Any) -> None:
         """Write the predicted target sequences, in the order of the shards."""
@@ -208,10 +216,16 @@ def main(argv: Sequence[str], cli: type[QuickMergeCLI] = QuickMergeCLI) -> int:
         cli: the command line that runs it.
 
     Returns:
-        0; mistakes raise ``UserError``.
+        0, or 1 if another rank was lost; mistakes raise ``UserError``.
     """
     try:
         cli(argv)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        line = describe_loss(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        return LOST_RANK
     return 0

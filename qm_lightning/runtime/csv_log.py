@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,11 @@ from qm_lightning.runtime.run_directory import write_text
 
 
 class AppendingWriter(ExperimentWriter):
-    """Lightning's writer, without its habit of deleting the file that it finds."""
+    """Lightning's writer, without its habit of deleting the file that it finds, and with one for full disks."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self._failing = False
 
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
@@ -23,6 +31,42 @@ class AppendingWriter(ExperimentWriter):
 
     def log_hparams(self, params: dict[str, Any]) -> None:
         """Nothing: config.yaml holds the whole configuration."""
+
+    def save(self) -> None:
+        """Write what has gathered; if that fails, say so once and try again with the next rows."""
+        if not self.metrics:
+            return
+        path, known = Path(self.metrics_file_path), list(self.metrics_keys)
+        size = path.stat().st_size if path.is_file() else 0
+        try:
+            if self._record_new_keys() or not size:
+                old = _read_rows(path) if size else []
+                write_text(path, self._text([*old, *self.metrics], header=True))
+            else:
+                with path.open("a", newline="") as file:
+                    file.write(self._text(self.metrics))
+        except OSError as error:
+            self.metrics_keys = known
+            if size:
+                os.truncate(path, size)  # half a row may be there
+            if not self._failing:
+                print(f"warning: could not write {path}: {error.strerror}", file=sys.stderr, flush=True)
+            self._failing = True
+            return
+        self.metrics, self._failing = [], False
+
+    def _text(self, rows: Sequence[Mapping[str, Any]], header: bool = False) -> str:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.metrics_keys, lineterminator="\n")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 class RunCSVLogger(CSVLogger):
@@ -35,7 +79,8 @@ class RunCSVLogger(CSVLogger):
     """
 
     def __init__(self, run_dir: Path, start_step: int | None = None) -> None:
-        super().__init__(save_dir=run_dir, name="", version="")
+        # A row is on disk once it is logged: a killed training misses none, and `tail -f` shows where one is.
+        super().__init__(save_dir=run_dir, name="", version="", flush_logs_every_n_steps=1)
         self._start_step = start_step
 
     @property

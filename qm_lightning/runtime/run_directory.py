@@ -6,6 +6,8 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -64,14 +66,30 @@ class RunDirectory:
             return
         if self.stored_config and (line := describe_changes(self.stored_config, config)):
             print(line, flush=True)
-        write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        with _writable(self.path):
+            write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
 def write_text(path: Path, text: str) -> None:
     """Write beside the target, then rename: a reader sees the old or the new file, never half of one."""
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    staging.write_text(text)
-    staging.replace(path)
+    try:
+        staging.write_text(text)
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Turns a full disk or a missing permission into the user's error that it is."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write in {path}: {error.strerror}; expected a directory with room that this process may "
+            "write; free some space, or give another --run_dir"
+        ) from error
 
 
 def open_run_directory(
@@ -109,7 +127,12 @@ def open_run_directory(
     world = resolve_world(os.environ)
     join(world, accelerator)
     if verb == "fit":
-        run = on_rank_zero(lambda: _open_for_training(run_dir, name, ckpt_path, fresh, policy, world))
+
+        def open_it() -> RunDirectory:
+            with _writable(Path(run_dir or RUNS / name)):
+                return _open_for_training(run_dir, name, ckpt_path, fresh, policy, world)
+
+        run = on_rank_zero(open_it)
     else:
         run = on_rank_zero(lambda: _open_for_evaluation(run_dir, name, ckpt_path))
     _seen_by_all(run)

@@ -120,13 +120,8 @@ class RunLogger(WandbLogger):
         )
 
     @rank_zero_only
-    def start(self, config: Mapping[str, Any], file: Path) -> None:
-        """Open the run, offline if W&B does not answer in time; give it the configuration.
-
-        Args:
-            config: the whole tree, shown under ``config``.
-            file: the same as YAML, kept as a file of the run.
-        """
+    def open(self) -> None:
+        """Open the run, offline if W&B does not answer in time."""
         import wandb
 
         try:
@@ -137,6 +132,16 @@ class RunLogger(WandbLogger):
             wandb.teardown()
             self._wandb_init["mode"] = "offline"
             _ = self.experiment
+
+    @rank_zero_only
+    def start(self, config: Mapping[str, Any], file: Path) -> None:
+        """Open the run and give it the configuration.
+
+        Args:
+            config: the whole tree, shown under ``config``.
+            file: the same as YAML, kept as a file of the run.
+        """
+        self.open()
         self.log_hyperparams({"config": dict(config)})
         if file.is_file():
             self.experiment.save(str(file), base_path=str(file.parent), policy="now")

@@ -6,7 +6,6 @@ import os
 import pickle
 import resource
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,20 +126,6 @@ def test_a_refused_write_keeps_the_old_file(
     io.save_checkpoint(content(3), path)  # room again
     assert io.failure is None
     assert read_checkpoint(path)["global_step"] == 3
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
 
 
 def test_a_full_disk_is_named(small_disk: Path) -> None:

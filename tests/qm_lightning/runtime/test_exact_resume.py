@@ -96,6 +96,7 @@ def test_a_stopped_training_ends_as_an_unbroken_one(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
 @pytest.mark.parametrize(
     "batch", [3, 9, 10, 14]

@@ -97,10 +97,10 @@ def test_a_killed_rank_ends_the_others_at_once(shards: Path, tmp_path: Path) -> 
 
 def test_a_silent_rank_ends_the_others_within_the_timeout(shards: Path, tmp_path: Path) -> None:
     """A stopped process answers nothing, as one behind a pulled cable."""
-    attempt = Attempt(world=2, max_steps=1000, stop_at=(4, 1), timeout_s=3)
-    outcomes = run(attempt, shards, tmp_path / "run", tmp_path / "trace", timeout=30, wait_for=1)
+    attempt = Attempt(world=2, max_steps=1000, stop_at=(4, 1), timeout_s=6)
+    outcomes = run(attempt, shards, tmp_path / "run", tmp_path / "trace", wait_for=1)
     assert outcomes[0].code == 1
-    assert 3 <= outcomes[0].seconds < 25
+    assert 5 <= since_the_last_step(tmp_path / "trace") < 20
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(shards: Path, tmp_path: Path) -> None:
@@ -115,6 +115,44 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(shards: Path, tmp_path
     third = run(Attempt(max_steps=8, ckpt_path="last"), shards, tmp_path / "run", tmp_path / "trace")
     assert third[0].code == 0
     assert "resume: step 4" in third[0].text
+
+
+def test_a_disk_that_runs_full_in_training(small_disk: Path, shards: Path, tmp_path: Path) -> None:
+    """No stand-in: a file system without room. What was saved before stays, and the training goes on from there."""
+    attempt = Attempt(max_steps=12, checkpoint_every=2, trainer={"limit_val_batches": 0})
+    full = replace(attempt, fill_disk_at=5)
+    first = run(full, shards, small_disk / "run", tmp_path / "trace")
+    assert first[0].code == 2, first[0].text
+    assert "disk full: 0.0 MiB free" in first[0].text
+    assert "the one before it is kept" in first[0].error
+    assert len(traced(tmp_path / "trace")) == 12  # it trained to its end, in the hope of room
+    last = small_disk / "run/checkpoints/last.ckpt"
+    assert read_checkpoint(last)["global_step"] == 4
+    assert not [path for path in last.parent.iterdir() if "tmp" in path.name]
+
+    again = replace(attempt, ckpt_path="last")
+    blocked = run(again, shards, small_disk / "run", tmp_path / "trace")
+    assert blocked[0].code == 2, blocked[0].text
+    assert f"cannot write in {small_disk / 'run'}: No space left on device" in blocked[0].error
+
+    (small_disk / "run/filler").unlink()
+    third = run(again, shards, small_disk / "run", tmp_path / "trace")
+    assert third[0].code == 0, third[0].text
+    assert "resume: step 4" in third[0].text
+    rows = (small_disk / "run/metrics.csv").read_text().splitlines()
+    steps = [row.split(",")[rows[0].split(",").index("step")] for row in rows[1:]]
+    assert steps == [str(step) for step in range(12)]
+
+
+def test_a_killed_training_misses_no_row_of_metrics(shards: Path, tmp_path: Path) -> None:
+    attempt = Attempt(checkpoint_every=2, trainer={"limit_val_batches": 0})
+    kill = replace(attempt, signal_at=(7, 0), signal=signal.SIGKILL)
+    assert run(kill, shards, tmp_path / "run", tmp_path / "trace")[0].code == -signal.SIGKILL
+    again = replace(attempt, ckpt_path="last")
+    assert run(again, shards, tmp_path / "run", tmp_path / "trace")[0].code == 0
+    rows = (tmp_path / "run/metrics.csv").read_text().splitlines()
+    steps = [row.split(",")[rows[0].split(",").index("step")] for row in rows[1:]]
+    assert steps == [str(step) for step in range(12)]
 
 
 def test_pre_emption_on_a_full_disk_does_not_claim_a_save(shards: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Figures of speed: what is counted, and that counting changes nothing."""
 
 import csv
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -147,3 +148,12 @@ def test_compiled_parts_are_not_counted_as_nothing() -> None:
 )
 def test_the_peak_table(device: str, precision: str, tf32: bool, tera: float | None) -> None:
     assert peak_flops(device, precision, tf32) == (None if tera is None else tera * 1e12)
+
+
+def test_every_figure_of_speed_is_explained() -> None:
+    """The dashboard's page names each figure that the callback can log."""
+    root = Path(__file__).parents[3]
+    logged = set(re.findall(r'"(perf/\w+)"', (root / "qm_lightning/callbacks/throughput.py").read_text()))
+    explained = (root / "docs/tracking.md").read_text()
+    assert len(logged) >= 9
+    assert not {name for name in logged if f"`{name}`" not in explained}

@@ -20,7 +20,7 @@ import tarfile
 import time
 import traceback
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -46,6 +46,9 @@ from qm_lightning.runtime.strategy import TIMEOUT_VARIABLE
 from qm_lightning.runtime.world import resolve_world
 
 SAMPLES, WIDTH = 40, 8
+HANGS_AFTER_S = (
+    240.0  # a rank computes for two seconds; on a machine that is busy with other work it waits long
+)
 
 
 def write_shards(root: Path) -> Path:
@@ -134,9 +137,9 @@ class Attempt:
     blind: int | None = None  # rank that sees an empty folder where the others see the run
     env: dict[str, str] = field(default_factory=dict)
     file_limit: int | None = None  # bytes beyond which the kernel refuses to write a file
-    stop_at: tuple[int, int] | None = (
-        None  # (training batch, rank): stop the process, as a lost network would
-    )
+    # (training batch, rank): stop the process, as a lost network would
+    stop_at: tuple[int, int] | None = None
+    fill_disk_at: int | None = None  # training batch: from then on the run directory's disk has no room
     launcher: str = "torchrun"
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -195,6 +198,8 @@ class Learner(FrozenBackboneMixin, pl.LightningModule):
             os.kill(os.getpid(), self.attempt.signal)
         if self.attempt.stop_at == (self.batches, self.global_rank):
             os.kill(os.getpid(), signal.SIGSTOP)
+        if self.attempt.fill_disk_at == self.batches:
+            fill_disk(Path(self.trainer.default_root_dir))
 
     def on_validation_epoch_start(self) -> None:
         self.total, self.count = torch.zeros(()), torch.zeros(())
@@ -227,6 +232,13 @@ class Learner(FrozenBackboneMixin, pl.LightningModule):
             optimizer = MuonWithAdamW([self.merger.weight], rest, rate, rate, 0.01, (0.9, 0.95))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.attempt.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def fill_disk(folder: Path) -> None:
+    """Write a file until nothing fits any more; `filler` may be removed again."""
+    with (folder / "filler").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
 
 
 def fit(attempt: Attempt, data_root: str, run_dir: Path, trace: Path) -> dict[str, Any]:
@@ -357,7 +369,12 @@ def free_port() -> int:
 
 
 def run(
-    attempt: Attempt, data: Path, run_dir: Path, trace: Path, timeout: float = 60, wait_for: int | None = None
+    attempt: Attempt,
+    data: Path,
+    run_dir: Path,
+    trace: Path,
+    timeout: float = HANGS_AFTER_S,
+    wait_for: int | None = None,
 ) -> list[Outcome]:
     """Start every rank, wait for all (or the first so many, and kill the rest); fails if one hangs."""
     context = mp.get_context("forkserver")
