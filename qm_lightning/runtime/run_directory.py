@@ -26,7 +26,7 @@ Policy = Literal["exact", "weights", "new_schedule"]
 RUNS = Path("runs")
 MANIFEST = "run.json"
 # What a run leaves behind; `--fresh` puts it aside.
-_HISTORY = ("checkpoints", "metrics.csv", "wandb", "config.yaml", MANIFEST, "report")
+_HISTORY = ("checkpoints", "metrics.csv", "wandb", "config.yaml", MANIFEST, "report", "results.json")
 
 
 @dataclass(frozen=True)
