@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.errors import DataError
-from datamodules.shards.files import sha256_of, write_atomic
+from datamodules.shards.files import write_atomic
 from datamodules.shards.manifest import ShardEntry
-from datamodules.shards.tar import CorruptShardError, members, split_key
+from datamodules.shards.tar import CorruptShardError, split_keys
+from datamodules.shards.walk import Members, walk
+from datamodules.shards.windows import Windows
 
 Offsets = npt.NDArray[np.uint64]
 
@@ -25,11 +27,13 @@ class Scan(NamedTuple):
         offsets: n+1 byte offsets.
         keys: of the samples.
         layouts: each set of fields that occurs, with the number of its samples and the first one's key.
+        sha256: of the file, if it was asked for.
     """
 
     offsets: list[int]
     keys: list[str]
     layouts: dict[frozenset[str], tuple[int, str]]
+    sha256: str | None
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -47,8 +51,12 @@ class Scan(NamedTuple):
         return out
 
 
-def scan(path: Path) -> Scan:
+def scan(path: Path, *, checksum: bool = False) -> Scan:
     """Walk a shard and verify it.
+
+    Args:
+        path: the shard.
+        checksum: take its sha256 on the way, in a thread.
 
     Raises:
         CorruptShardError: any damage that a tar archive can show (all but flipped data bytes, which need sha256).
@@ -58,47 +66,77 @@ def scan(path: Path) -> Scan:
         raise CorruptShardError("the file is empty")
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return _collect(descriptor, size)
+        with Windows(descriptor, size, checksum=checksum) as windows:
+            samples = _Samples()
+            for members in walk(windows, size):
+                samples.add(members)
+            return samples.found(windows.sha256())
     except ValueError as error:  # a name or a number that is none
         raise CorruptShardError(str(error)) from error
     finally:
         os.close(descriptor)
 
 
-def _collect(descriptor: int, size: int) -> Scan:
-    found = Scan([], [], {})
-    seen: set[str] = set()
-    fields: set[str] = set()
-    end = 0
-    for member in members(lambda o, n: os.pread(descriptor, n, o), 0, size, whole=True):
-        split = split_key(member.name)
-        if split is None:
-            continue
-        key, field = split
-        if found.keys and key == found.keys[-1]:
-            if field in fields:
-                raise CorruptShardError(f"sample {key!r} has the field {field!r} twice")
-        elif key in seen:
-            raise CorruptShardError(f"the files of sample {key!r} do not lie side by side")
-        else:
-            _count(found, fields)
-            fields = set()
+class _Samples:
+    """Groups files to samples: neighbours with the same key."""
+
+    def __init__(self) -> None:
+        self._offsets: list[int] = []
+        self._keys: list[str] = []
+        self._seen: set[str] = set()
+        self._fields: tuple[str, ...] = ()  # of the last sample, in the order of its files
+        self._counts: dict[tuple[str, ...], int] = {}
+        self._first: dict[tuple[str, ...], str] = {}
+        self._end = 0
+
+    def add(self, members: Members) -> None:
+        """Take further files.
+
+        Raises:
+            CorruptShardError: a sample's files do not lie side by side, or two of them are the same field.
+        """
+        seen, fields, end = self._seen, self._fields, self._end
+        last = self._keys[-1] if self._keys else None
+        split = split_keys(members.names)
+        for (key, field), start, following in zip(split, members.starts, members.nexts, strict=True):
+            if not field:
+                continue
+            end = following
+            if key == last:
+                if field in fields:
+                    raise CorruptShardError(f"sample {key!r} has the field {field!r} twice")
+                fields = (*fields, field)
+                continue
+            if key in seen:
+                raise CorruptShardError(f"the files of sample {key!r} do not lie side by side")
+            if last is not None:
+                self._count(last, fields)
+            last, fields = key, (field,)
             seen.add(key)
-            found.keys.append(key)
-            found.offsets.append(member.start)
-        fields.add(field)
-        end = member.next
-    if not found.keys:
-        raise CorruptShardError("no sample in it")
-    _count(found, fields)
-    found.offsets.append(end)
-    return found
+            self._keys.append(key)
+            self._offsets.append(start)
+        self._fields, self._end = fields, end
 
+    def _count(self, key: str, fields: tuple[str, ...]) -> None:
+        if fields in self._counts:
+            self._counts[fields] += 1
+        else:
+            self._counts[fields], self._first[fields] = 1, key
 
-def _count(found: Scan, fields: set[str]) -> None:
-    if fields:
-        count, first = found.layouts.get(frozenset(fields), (0, found.keys[-1]))
-        found.layouts[frozenset(fields)] = (count + 1, first)
+    def found(self, sha256: str | None) -> Scan:
+        """Everything that was added.
+
+        Raises:
+            CorruptShardError: no sample was.
+        """
+        if not self._keys:
+            raise CorruptShardError("no sample in it")
+        self._count(self._keys[-1], self._fields)
+        layouts: dict[frozenset[str], tuple[int, str]] = {}
+        for fields, count in self._counts.items():  # the same ones may come in several orders
+            before, first = layouts.get(frozenset(fields), (0, self._first[fields]))
+            layouts[frozenset(fields)] = (before + count, first)
+        return Scan([*self._offsets, self._end], self._keys, layouts, sha256)
 
 
 def build_index(path: Path, found: Scan | None = None, *, fields: Iterable[str] = ()) -> ShardEntry:
@@ -106,7 +144,7 @@ def build_index(path: Path, found: Scan | None = None, *, fields: Iterable[str] 
 
     Args:
         path: the shard.
-        found: what `scan` found in it, if that was done already.
+        found: what `scan` found in it with its checksum, if that was done already.
         fields: fields that every sample must have.
 
     Returns:
@@ -115,11 +153,11 @@ def build_index(path: Path, found: Scan | None = None, *, fields: Iterable[str] 
     Raises:
         CorruptShardError: the shard is damaged, or a sample lacks a field.
     """
-    found = found or scan(path)
+    found = found or scan(path, checksum=True)
     if missing := found.missing(fields):
         raise CorruptShardError("; ".join(missing))
     write_index(path, found)
-    return entry_of(path, found, sha256_of(path))
+    return entry_of(path, found)
 
 
 def write_index(path: Path, found: Scan) -> None:
@@ -127,9 +165,9 @@ def write_index(path: Path, found: Scan) -> None:
     write_atomic(index_path(path), np.asarray(found.offsets, "<u8").tobytes())
 
 
-def entry_of(path: Path, found: Scan, sha256: str) -> ShardEntry:
+def entry_of(path: Path, found: Scan) -> ShardEntry:
     """A shard's line in the manifest."""
-    return ShardEntry(path.name, len(found.keys), path.stat().st_size, sha256, found.fields)
+    return ShardEntry(path.name, len(found.keys), path.stat().st_size, found.sha256, found.fields)
 
 
 def index_path(shard: Path) -> Path:
