@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from datamodules.errors import DataError
 
@@ -18,30 +17,9 @@ _NAMES = re.compile(
 _OCTAL = re.compile(rb"[0-7]+")
 _PAX_RECORD = re.compile(rb"(\d{1,12}) ([^=]+)=")
 
-Read = Callable[[int, int], bytes]
-"""(offset, size) -> bytes, fewer at the end."""
-
 
 class CorruptShardError(DataError):
     """A shard that cannot be trusted; the message says where and why."""
-
-
-class Member(NamedTuple):
-    """One regular file of a tar archive; offsets in bytes."""
-
-    start: int
-    next: int
-    name: str
-    data: int
-    size: int
-
-
-class Header(NamedTuple):
-    """One header block: its member's kind (a byte), size, and where the next header lies."""
-
-    kind: bytes
-    size: int
-    next: int
 
 
 def split_key(name: str) -> tuple[str, str] | None:
@@ -102,16 +80,16 @@ def _check(header: bytes, offset: int) -> None:
         raise CorruptShardError(f"bad header checksum at byte {offset}")
 
 
-def read_header(header: bytes, position: int, end: int) -> Header | None:
+def read_header(header: bytes, position: int, end: int) -> tuple[bytes, int, int] | None:
     """Check a header block and read it.
 
     Args:
         header: the block, shorter if the file ends in it.
         position: where it lies.
-        end: byte after the last one that a member may take.
+        end: byte after the last one that its member may take.
 
     Returns:
-        What it says; None for the zeros that end an archive.
+        Its member's kind (a byte) and size, and where the next header lies; None for the zeros that end an archive.
 
     Raises:
         CorruptShardError: it is damaged, or its member is cut.
@@ -123,33 +101,7 @@ def read_header(header: bytes, position: int, end: int) -> Header | None:
     following = position + BLOCK + -(-size // BLOCK) * BLOCK
     if following > end:
         raise CorruptShardError(f"truncated member at byte {position}: {following - end} bytes are missing")
-    return Header(header[156:157], size, following)
-
-
-def members(read: Read, start: int, end: int) -> Iterator[Member]:
-    """Walk the regular files in the bytes [start, end) of an archive, one by one.
-
-    Args:
-        read: (offset, size) -> bytes.
-        start: first byte, of a header.
-        end: byte after the last.
-
-    Raises:
-        CorruptShardError: damage, with its place.
-    """
-    position, first, long_name = start, start, None
-    while position < end:
-        header = read(position, BLOCK)
-        if (found := read_header(header, position, end)) is None:
-            return
-        if found.kind in (b"x", b"L"):
-            long_name = longer_name(found.kind, read(position + BLOCK, found.size)) or long_name
-        else:
-            if found.kind in (b"0", b"\0"):
-                name = long_name or name_of(header)
-                yield Member(first, found.next, name, position + BLOCK, found.size)
-            first, long_name = found.next, None
-        position = found.next
+    return header[156:157], size, following
 
 
 def parse_sample(buffer: bytes) -> tuple[str, dict[str, bytes]]:
@@ -165,11 +117,21 @@ def parse_sample(buffer: bytes) -> tuple[str, dict[str, bytes]]:
         CorruptShardError: the bytes hold no sample, or a damaged one.
     """
     key, fields = None, {}
-    for member in members(lambda o, n: buffer[o : o + n], 0, len(buffer)):
-        split = split_key(member.name)
-        if split is not None:
-            key = split[0]
-            fields[split[1]] = bytes(buffer[member.data : member.data + member.size])
+    position, long_name = 0, None
+    while position < len(buffer):
+        header = buffer[position : position + BLOCK]
+        if (found := read_header(header, position, len(buffer))) is None:
+            break
+        kind, size, following = found
+        content = buffer[position + BLOCK : position + BLOCK + size]
+        if kind in (b"x", b"L"):
+            long_name = longer_name(kind, content) or long_name
+        else:
+            if kind in (b"0", b"\0") and (split := split_key(long_name or name_of(header))):
+                key, field = split
+                fields[field] = content
+            long_name = None
+        position = following
     if key is None:
         raise CorruptShardError("no sample at this place")
     return key, fields

@@ -89,10 +89,10 @@ def walk(windows: Windows, size: int) -> Iterator[Members]:
         if (header := read_header(raw, place.position, size)) is None:
             _check_end(windows, place.position, size)
             return
-        long = header.kind in (b"x", b"L")
-        payload = windows.read(place.position + BLOCK, header.size) if long else b""
-        name = name_of(raw) if header.kind in (b"0", b"\0") else ""
-        place.take(found, header.kind, header.next, name, payload)
+        kind, length, following = header
+        payload = windows.read(place.position + BLOCK, length) if kind in (b"x", b"L") else b""
+        name = name_of(raw) if kind in (b"0", b"\0") else ""
+        place.take(found, kind, following, name, payload)
         yield found
     raise CorruptShardError("no end-of-archive marker: the file was cut")
 
