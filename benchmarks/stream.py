@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ def main() -> None:
     logging.disable(logging.WARNING)
     kinds = [_scaled(kind, options.share) for kind in KINDS if options.records in (None, kind.field)]
     parts = [part for part in PARTS if options.part in (None, part)]
+    if "resume" in parts and find_spec("torchdata") is None:
+        print("torchdata is not installed, so resuming is left out: pip install -e '.[bench]'")
+        parts.remove("resume")
     configuration = _configuration(options.repeats, options.share)
     results = earlier_results("stream", configuration)
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +86,7 @@ def _scaled(kind: Records, share: float) -> Records:
 
 def _configuration(repeats: int, share: float) -> dict[str, Any]:
     return {
-        **{name: version(name) for name in ("webdataset", "torchdata")},
+        **{name: version(name) for name in ("webdataset", "torchdata") if find_spec(name)},
         "cpus": os.cpu_count(),
         "batch": BATCH,
         "repeats": repeats,

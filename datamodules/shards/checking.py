@@ -152,7 +152,8 @@ def _disagreement(folder: Path, entry: ShardEntry, *, checksum: bool) -> str | N
 def _processes(paths: Sequence[Path], asked: int | None) -> int:
     if asked is not None:
         return asked
-    return (os.cpu_count() or 1) if sum(path.stat().st_size for path in paths) >= _MANY_BYTES else 1
+    many = sum(path.stat().st_size for path in paths) >= _MANY_BYTES
+    return len(os.sched_getaffinity(0)) if many else 1
 
 
 def _reason(error: Exception) -> str:
