@@ -16,7 +16,8 @@ from typing import Any
 
 from benchmarks.stream_records import Records
 from datamodules.shards.checking import index_folder
-from datamodules.shards.index import build_index, scan
+from datamodules.shards.index import build_index
+from datamodules.shards.scan import scan
 from datamodules.shards.writer import write_shards
 
 LINKS = 8  # names of the one large shard, for all cores together

@@ -12,10 +12,11 @@ from typing import NamedTuple
 from rich.progress import track
 
 from datamodules.errors import DataError
-from datamodules.shards.index import build_index, index_path, load_offsets, scan
+from datamodules.shards.index import build_index, index_path, load_offsets
 from datamodules.shards.manifest import Manifest, ShardEntry
 from datamodules.shards.processes import map_files
 from datamodules.shards.remote import is_url
+from datamodules.shards.scan import scan
 
 _PACKED = ("*.tar.gz", "*.tgz", "*.tar.zst", "*.tar.bz2", "*.tar.xz")
 

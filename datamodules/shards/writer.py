@@ -19,9 +19,10 @@ from rich.progress import track
 from datamodules.errors import DataError
 from datamodules.shards.files import sync_directory, write_atomic
 from datamodules.shards.hashing import Word
-from datamodules.shards.index import Scan, entry_of, index_path, load_offsets, scan, write_index
+from datamodules.shards.index import entry_of, index_path, load_offsets, write_index
 from datamodules.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from datamodules.shards.processes import map_files
+from datamodules.shards.scan import Scan, scan
 from datamodules.shards.tar import split_key
 
 CHECKSUM_SUFFIX = ".sha256"  # `sha256sum --check *.sha256` reads these files

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from datamodules.shards import walk as walk_module
 from datamodules.shards import windows as windows_module
-from datamodules.shards.index import Scan, scan
+from datamodules.shards.scan import Scan, scan
 from datamodules.shards.tar import CorruptShardError, split_key, split_keys
 
 NAMES = st.text("ab./_é\nX-", min_size=1, max_size=12) | st.sampled_from(
