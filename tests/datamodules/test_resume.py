@@ -34,12 +34,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def interrupted(first: Stage, second: Stage, root: Path, out: Path) -> tuple[np.ndarray, dict[str, Any]]:
+def interrupted(
+    first: Stage, second: Stage, root: Path, out: Path, timeout: float = 90
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Run until the first stage dies, resume with the second; the ledger, and the checkpoint used."""
-    ended = run(first, root, out / "first")
+    ended = run(first, root, out / "first", timeout=timeout)
     assert not any(isinstance(r, dict) for r in ended), "the first stage was to die"
     path = newest(out / "first")
-    results = run(second, root, out / "second", path)
+    results = run(second, root, out / "second", path, timeout)
     return ledger_of(results), torch.load(path, weights_only=True)
 
 
@@ -350,10 +352,12 @@ def test_shards_changed_since_the_checkpoint(root: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_start_methods(method: str, root: Path, tmp_path: Path) -> None:
+    """Every worker loads torch anew, which on a busy machine takes minutes."""
     stage = Stage(2, 2, data={"start_method": method, "persistent_workers": True})
-    seen, checkpoint = interrupted(replace(stage, fatal=9), stage, root, tmp_path)
+    seen, checkpoint = interrupted(replace(stage, fatal=9), stage, root, tmp_path, timeout=400)
     whole_epochs(seen)
     same_batches(tmp_path / "second", stage, start_of(checkpoint), 2)
 
