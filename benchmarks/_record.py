@@ -34,3 +34,16 @@ def write_results(name: str, configuration: dict[str, Any], **figures: Any) -> P
     content = {"configuration": machine() | configuration, **figures}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def earlier_results(name: str, configuration: dict[str, Any]) -> dict[str, Any]:
+    """Figures that ``write_results`` wrote under the same configuration; for benchmarks that run in parts.
+
+    Args:
+        name: of the benchmark.
+        configuration: of this run, as for ``write_results``.
+    """
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    now = json.loads(json.dumps(machine() | configuration))
+    return found if found.pop("configuration", None) == now else {}

@@ -7,9 +7,7 @@ interleaved runs.
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results" / "attention.json"
+from benchmarks._record import write_results
+
+MODEL = "ViT-B: width 768, 12 layers, 12 heads, random weights, fp32"
 HEADS, HEAD_WIDTH, PATCH = 12, 64, 16
 TIMED = [(8, 197), (2, 1024), (1, 4096)]  # batch, tokens
 MEMORY_TOKENS = [1024, 2048, 4096, 8192]
@@ -36,20 +36,13 @@ def main() -> None:
     """Measure, print tables, write ``benchmarks/results/attention.json``."""
     with tempfile.TemporaryDirectory() as folder:
         results = {
-            "configuration": {
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "machine": platform.machine(),
-                "threads": torch.get_num_threads(),
-                "model": "ViT-B: width 768, 12 layers, 12 heads, random weights, fp32",
-            },
             "passes": measure_passes(),
             "forward": measure_forward(Path(folder)),
             "memory": measure_memory(Path(folder)),
         }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    path = write_results("attention", {"model": MODEL}, **results)
     _print(results)
+    Console().print(f"written to {path}")
 
 
 def least_times(
@@ -198,7 +191,6 @@ def _print(results: dict[str, Any]) -> None:
     memory.add_row("exponent", *(f"{slope:.2f}" for slope in slopes))
     for table in (passes, whole, memory):
         console.print(table)
-    console.print(f"written to {RESULTS}")
 
 
 if __name__ == "__main__":

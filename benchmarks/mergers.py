@@ -9,13 +9,10 @@ that a busy machine changes them little.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +21,13 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import merger_restatements as plain
+from benchmarks._record import write_results
 from benchmarks.attention import least_times
 from qm_lightning import merging
 from qm_lightning.merging.base import Merger
 from qm_lightning.merging.scope import pick_order
 from qm_lightning.tokens import AttentionStats, Tokens
 
-RESULTS = Path(__file__).parent / "results" / "mergers.json"
 BATCH, WIDTH, KEYS, COMPRESSION = 4, 768, 64, 2.0
 SIZES = [196, 576, 1024, 2048]
 SCOPE_TOKENS, SCOPE_PICKS, SCOPE_LIMIT = 2048, 256, 5.0
@@ -133,23 +130,19 @@ def main() -> None:
     chosen = options.parse_args()
     torch.set_num_threads(1)
     found = measure(chosen.sizes, chosen.repeats)
+    configuration = {
+        "clock": "CPU time of the process, least of the rounds",
+        "rounds": chosen.repeats,
+        "input": f"[{BATCH},N,{WIDTH}] fp32, keys of width {KEYS}, FixedBudget({COMPRESSION:g}), evaluation",
+    }
     results = {
-        "configuration": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "threads": 1,
-            "clock": "CPU time of the process, least of the rounds",
-            "rounds": chosen.repeats,
-            "input": f"[{BATCH},N,{WIDTH}] fp32, keys of width {KEYS}, FixedBudget({COMPRESSION:g}), evaluation",
-        },
         "times": found,
         "exponents": exponents(found) if len(chosen.sizes) > 1 else {},
         "scope": measure_scope(max(1, chosen.repeats // 3)),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    path = write_results("mergers", configuration, **results)
     _print(results)
+    Console().print(f"written to {path}")
 
 
 def _print(results: dict[str, Any]) -> None:
@@ -169,7 +162,7 @@ def _print(results: dict[str, Any]) -> None:
     scope = results["scope"]
     console.print(
         f"SCOPE, {scope['picks']} of {scope['tokens']} tokens: {scope['scope'] / scope['product']:.2f} similarity "
-        f"products (claim: at most {SCOPE_LIMIT:g})\nwritten to {RESULTS}"
+        f"products (claim: at most {SCOPE_LIMIT:g})"
     )
 
 

@@ -8,133 +8,95 @@ under 2 % of what StatefulDataLoader needs; the order of 1e8 samples costs under
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
-import json
 import logging
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import tempfile
 import time
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from datamodules.shards.decode import decode_image
-from datamodules.shards.geometry import Geometry
-from datamodules.shards.index import build_index
-from datamodules.shards.loader import StreamLoader
+from benchmarks._record import earlier_results, write_results
+from benchmarks.stream_indexing import LINKS, measure_indexing
+from benchmarks.stream_records import BATCH, BUFFER, KINDS, Records, ours, stateful, theirs
 from datamodules.shards.order import EpochOrder, OrderSettings
-from datamodules.shards.source import Source
-from datamodules.shards.stream import StreamSpec
 from datamodules.shards.writer import write_shards
 
-RESULTS = Path(__file__).parent / "results" / "stream.json"
-BATCH, REPEATS, BUFFER, JPEG_SIDE = 32, 5, 1000, 224
+PARTS = ("throughput", "indexing", "resume", "order")
 
 
-@dataclass(frozen=True)
-class Records:
-    """Made-up samples of one kind.
-
-    Attributes:
-        name: shown in the table.
-        field: extension.
-        count: samples.
-        shard_size: samples per shard.
-        size: bytes of a sample; 0 = a JPEG.
-    """
-
-    name: str
-    field: str
-    count: int
-    shard_size: int
-    size: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int, /) -> dict[str, bytes]:
-        random = np.random.RandomState(index)
-        if self.size:
-            return {"__key__": f"k{index:07d}".encode(), self.field: random.bytes(self.size)}
-        side = JPEG_SIDE // 8  # coarse, then made larger: smooth, like a photograph
-        coarse = random.randint(0, 255, (side, side, 3), np.uint8)
-        picture = Image.fromarray(coarse).resize((JPEG_SIDE, JPEG_SIDE), Image.Resampling.BICUBIC)
-        out = io.BytesIO()
-        picture.save(out, "JPEG", quality=90)
-        return {"__key__": f"k{index:07d}".encode(), self.field: out.getvalue()}
+def main() -> None:
+    """Measure, print tables, write ``benchmarks/results/stream.json`` after each part."""
+    parser = argparse.ArgumentParser("python -m benchmarks stream")
+    parser.add_argument("--records", choices=[kind.field for kind in KINDS], help="only this kind of records")
+    parser.add_argument("--part", choices=PARTS, help="only this part")
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved passes (default: %(default)s)")
+    parser.add_argument("--share", type=float, default=1.0, help="of the usual samples (default: all)")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    kinds = [_scaled(kind, options.share) for kind in KINDS if options.records in (None, kind.field)]
+    parts = [part for part in PARTS if options.part in (None, part)]
+    if "resume" in parts and find_spec("torchdata") is None:
+        print("torchdata is not installed, so resuming is left out: pip install -e '.[bench]'")
+        parts.remove("resume")
+    configuration = _configuration(options.repeats, options.share)
+    results = earlier_results("stream", configuration)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, part in itertools.product(kinds, parts):
+            _measure(Path(folder), kind, part, options.repeats, results)
+            write_results("stream", configuration, **results)
+    _show(results)
 
 
-KINDS = (
-    Records("text 2 KB", "txt", 16_000, 1000, 2_000),
-    Records("raw 100 KB", "bin", 2_000, 250, 100_000),
-    Records("JPEG to tensors", "jpg", 1_000, 100, 0),
-)
+def _measure(root: Path, kind: Records, part: str, repeats: int, results: dict[str, Any]) -> None:
+    """One part for one kind of records; resuming and ordering are measured with the first kind alone."""
+    folder = root / kind.field / "train"
+    write_shards(root / kind.field, "train", kind, shard_size=kind.shard_size, progress=False)
+    if part == "throughput":
+        _put(results, part, measure_throughput(folder, kind, repeats))
+    elif part == "indexing":
+        _put(results, part, [measure_indexing(root, kind, repeats)])
+    elif kind.name == KINDS[0].name:
+        results[part] = measure_resume(folder, kind, repeats) if part == "resume" else measure_order()
 
 
-def to_tensor(data: bytes) -> Tensor:
-    return torch.from_numpy(decode_image(data)).permute(2, 0, 1).contiguous()
+def _put(results: dict[str, Any], part: str, rows: list[dict[str, Any]]) -> None:
+    """Replace a kind's rows, keep the others'."""
+    names = {row["records"] for row in rows}
+    results[part] = [row for row in results.get(part, []) if row["records"] not in names] + rows
 
 
-def ours_raw(fields: dict[str, bytes], key: str, seed: int) -> dict[str, Any]:
-    return {"data": next(iter(fields.values()))}
+def _scaled(kind: Records, share: float) -> Records:
+    count, indexed = (max(4 * BATCH, int(n * share)) for n in (kind.count, kind.indexed))
+    return replace(kind, count=count, indexed=indexed, shard_size=min(kind.shard_size, count // 2))
 
 
-def ours_jpeg(fields: dict[str, bytes], key: str, seed: int) -> dict[str, Any]:
-    return {"data": to_tensor(fields["jpg"])}
+def _configuration(repeats: int, share: float) -> dict[str, Any]:
+    return {
+        **{name: version(name) for name in ("webdataset", "torchdata") if find_spec(name)},
+        "cpus": os.cpu_count(),
+        "batch": BATCH,
+        "repeats": repeats,
+        "records": [vars(_scaled(kind, share)) for kind in KINDS],
+        "shuffle": f"ours the whole epoch, webdataset's shards and a buffer of {BUFFER}",
+        "indexing on all cores": f"{LINKS} names of one shard",
+    }
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    data = [s["data"] for s in samples]
-    return {"data": torch.stack(data) if isinstance(data[0], Tensor) else data}
-
-
-def ours(folder: Path, kind: Records, workers: int) -> StreamLoader:
-    source = Source.open(str(folder))
-    assert source is not None
-    geometry = Geometry(source.total, BATCH)
-    decode = ours_raw if kind.size else ours_jpeg
-    spec = StreamSpec(source.shards, source.locate, OrderSettings(window=0), geometry, decode, collate)
-    return StreamLoader(
-        spec, source.fingerprint, num_workers=workers, start_method="fork" if workers else None
-    )
-
-
-def theirs(folder: Path, kind: Records, workers: int, shuffle: bool = True) -> Iterable[dict[str, Any]]:
-    import webdataset as wds
-
-    field, decode = kind.field, (lambda data: data) if kind.size else to_tensor
-    shards = sorted(map(str, folder.glob("*.tar")))
-    stream = wds.WebDataset(shards, shardshuffle=len(shards) if shuffle else False, seed=0)
-    if shuffle:
-        stream = stream.shuffle(BUFFER)
-    stream = stream.map(lambda s: {"key": s["__key__"], "data": decode(s[field])}).batched(
-        BATCH, collation_fn=collate
-    )
-    context = "fork" if workers else None
-    loader: Iterable[dict[str, Any]] = wds.WebLoader(
-        stream, batch_size=None, num_workers=workers, multiprocessing_context=context
-    )
-    return loader
-
-
-def cpu_seconds() -> float:
+def _cpu_seconds() -> float:
     """CPU time of this process and of those it has waited for."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
@@ -142,50 +104,39 @@ def cpu_seconds() -> float:
 
 def one_pass(make: Callable[[], Iterable[dict[str, Any]]], count: int) -> tuple[float, float]:
     """(seconds, CPU seconds) of a whole pass, starting and ending of workers included."""
-    begin, used = time.perf_counter(), cpu_seconds()
+    begin, used = time.perf_counter(), _cpu_seconds()
     seen = sum(len(batch["data"]) for batch in make())
     assert seen >= count, f"read {seen} of {count}"
-    return time.perf_counter() - begin, cpu_seconds() - used
+    return time.perf_counter() - begin, _cpu_seconds() - used
 
 
-def measure_throughput(root: Path, kind: Records) -> list[dict[str, Any]]:
+def measure_throughput(folder: Path, kind: Records, repeats: int) -> list[dict[str, Any]]:
     """Interleaved repeats, so that what else the machine does hits both alike; the first is not counted."""
     rows = []
-    folder = root / kind.field / "train"
     for workers in (0, 1, 2):
         rounds = []
-        for _ in range(REPEATS + 1):
+        for _ in range(repeats + 1):
             mine = one_pass(lambda: ours(folder, kind, workers), kind.count)  # noqa: B023
             rounds.append((mine, one_pass(lambda: theirs(folder, kind, workers), kind.count)))  # noqa: B023
-        (ours_times, their_times), ratios = (
-            zip(*rounds[1:], strict=True),
-            [b[0] / a[0] for a, b in rounds[1:]],
-        )
+        del rounds[0]
+        ratios = [b[0] / a[0] for a, b in rounds]
         rows.append(
             {
                 "records": kind.name,
                 "workers": workers,
                 "load": os.getloadavg()[0],
-                "ours": [kind.count / seconds for seconds, _ in ours_times],
-                "webdataset": [kind.count / seconds for seconds, _ in their_times],
+                "ours": [kind.count / mine[0] for mine, _ in rounds],
+                "webdataset": [kind.count / rival[0] for _, rival in rounds],
                 "ratios": ratios,
                 "median_ratio": statistics.median(ratios),
-                "median_cpu_ratio": statistics.median(b[1] / a[1] for a, b in rounds[1:]),
+                "median_cpu_ratio": statistics.median(b[1] / a[1] for a, b in rounds),
             }
         )
     return rows
 
 
-def stateful(folder: Path, kind: Records) -> Any:
-    """The resumable loader of torchdata over webdataset's reader, as its documentation sets it up."""
-    from torchdata.stateful_dataloader import StatefulDataLoader
-
-    return StatefulDataLoader(theirs(folder, kind, 0).pipeline[0].dataset, batch_size=None, num_workers=0)  # type: ignore[attr-defined]
-
-
-def measure_resume(root: Path) -> dict[str, Any]:
+def measure_resume(folder: Path, kind: Records, repeats: int) -> dict[str, Any]:
     """Seconds from making a loader to its first batch at 90 % of an epoch, from a saved state."""
-    kind, folder = KINDS[0], root / KINDS[0].field / "train"
     place = int(0.9 * kind.count) // BATCH * BATCH
     reached = stateful(folder, kind)
     for _ in itertools.islice(reached, place // BATCH):
@@ -193,7 +144,7 @@ def measure_resume(root: Path) -> dict[str, Any]:
     their_state, my_state = reached.state_dict(), ours(folder, kind, 0).state_dict() | {"consumed": place}
     mine: list[float] = []
     rival: list[float] = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for make, state, times in (
             (lambda: ours(folder, kind, 0), my_state, mine),
             (lambda: stateful(folder, kind), their_state, rival),
@@ -214,44 +165,6 @@ def measure_resume(root: Path) -> dict[str, Any]:
     }
 
 
-def measure_indexing(root: Path, kind: Records) -> dict[str, Any]:
-    """Indexing one large shard with its checksum against reading it once, `cat` to nowhere; one process.
-
-    Cold: the page cache was told to forget the shard before each of the two.
-    """
-    write_shards(root / "large", kind.field, kind, shard_size=kind.count, progress=False)
-    (shard,) = (root / "large" / kind.field).glob("*.tar")
-    row: dict[str, Any] = {"records": kind.name, "bytes": shard.stat().st_size}
-    for state in ("warm", "cold"):
-        pairs, used = [], time.process_time()
-        for _ in range(REPEATS):
-            times = []
-            for work in (
-                partial(build_index, shard),
-                partial(subprocess.run, ["cat", shard], stdout=subprocess.DEVNULL, check=True),
-            ):
-                if state == "cold":
-                    forget(shard)
-                begin = time.perf_counter()
-                work()
-                times.append(time.perf_counter() - begin)
-            pairs.append(times)
-        row[state] = {
-            "index_seconds": [a for a, _ in pairs],
-            "index_cpu_seconds": (time.process_time() - used) / REPEATS,  # `cat` runs in a process of its own
-            "cat_seconds": [b for _, b in pairs],
-            "median_share_of_cat": statistics.median(b / a for a, b in pairs),
-        }
-    return row
-
-
-def forget(path: Path) -> None:
-    """Drop a file from the page cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
-
-
 def measure_order() -> dict[str, Any]:
     """Memory and time of the order of 1e8 simulated samples in 10 000 shards."""
     counts = np.full(10_000, 10_000)
@@ -269,7 +182,7 @@ def measure_order() -> dict[str, Any]:
     return {"build_seconds": build, "peak_bytes": peak, "median_batch_seconds": statistics.median(times)}
 
 
-def show(results: dict[str, Any]) -> None:
+def _show(results: dict[str, Any]) -> None:
     table = Table(
         "records", "workers", "ours, samples/s", "webdataset, samples/s", "ratio", "least..most", "CPU ratio"
     )
@@ -285,72 +198,21 @@ def show(results: dict[str, Any]) -> None:
         )
     console = Console(width=110)
     console.print(table)
+    indexing = Table("indexing", "how", "MB/s", "share of cat", "MB per CPU second")
+    for row in results.get("indexing", []):
+        for how in ("warm", "cold", "without checksum", "all cores"):
+            found = row[how]
+            speed = found["bytes"] / statistics.median(found["seconds"]) / 1e6
+            used = "-" if how == "all cores" else f"{found['bytes'] / found['cpu_seconds'] / 1e6:.0f}"
+            indexing.add_row(row["records"], how, f"{speed:.0f}", f"{found['median_share_of_cat']:.0%}", used)
+    console.print(indexing)
     if resume := results.get("resume"):
         console.print(f"resume at 90 %: {resume['median_share']:.2%} of StatefulDataLoader's time")
-    for row in results.get("indexing", []):
-        for state in ("warm", "cold"):
-            speed = row["bytes"] / statistics.median(row[state]["index_seconds"]) / 1e6
-            share, used = (
-                row[state]["median_share_of_cat"],
-                row["bytes"] / row[state]["index_cpu_seconds"] / 1e6,
-            )
-            console.print(
-                f"indexing {row['records']}, {state} cache: {speed:.0f} MB/s, {share:.0%} of cat; {used:.0f} MB per "
-                "CPU second"
-            )
     if order := results.get("order"):
         console.print(
             f"order of 1e8 samples: built in {order['build_seconds']:.2f} s, {order['peak_bytes'] / 1e6:.0f} MB, "
             f"{order['median_batch_seconds'] * 1e6:.0f} us per batch of {BATCH}"
         )
-
-
-def configuration() -> dict[str, Any]:
-    return {
-        **{name: version(name) for name in ("webdataset", "torchdata", "torch")},
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "batch": BATCH,
-        "repeats": REPEATS,
-        "records": [vars(kind) for kind in KINDS],
-    }
-
-
-def put(results: dict[str, Any], part: str, rows: list[dict[str, Any]]) -> None:
-    """Replace a kind's rows, keep the others'."""
-    names = {row["records"] for row in rows}
-    results[part] = [row for row in results.get(part, []) if row["records"] not in names] + rows
-
-
-def main() -> None:
-    """Measure, print tables, write ``benchmarks/results/stream.json`` after each part."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", choices=[kind.field for kind in KINDS], help="only this kind of records")
-    parser.add_argument(
-        "--part", choices=["throughput", "indexing", "resume", "order"], help="only this part"
-    )
-    part = parser.parse_args().part
-    kinds = [kind for kind in KINDS if parser.parse_args().records in (None, kind.field)]
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    if results.get("configuration") != (now := json.loads(json.dumps(configuration()))):
-        results = {"configuration": now}
-    RESULTS.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        for kind in kinds:
-            write_shards(root / kind.field, "train", kind, shard_size=kind.shard_size, progress=False)
-            if part in (None, "throughput"):
-                put(results, "throughput", measure_throughput(root, kind))
-            if part in (None, "indexing"):
-                put(results, "indexing", [measure_indexing(root, kind)])
-            if part in (None, "resume") and kind is KINDS[0]:
-                results["resume"] = measure_resume(root)
-            if part in (None, "order") and kind is KINDS[0]:
-                results["order"] = measure_order()
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    show(results)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from typing import NamedTuple
 from rich.progress import track
 
 from datamodules.errors import DataError
-from datamodules.shards.files import sha256_of
-from datamodules.shards.index import build_index, index_path, load_offsets, scan
+from datamodules.shards.index import build_index, index_path, load_offsets
 from datamodules.shards.manifest import Manifest, ShardEntry
 from datamodules.shards.processes import map_files
 from datamodules.shards.remote import is_url
+from datamodules.shards.scan import scan
 
 _PACKED = ("*.tar.gz", "*.tgz", "*.tar.zst", "*.tar.bz2", "*.tar.xz")
 
@@ -56,7 +56,7 @@ class _Verdict(NamedTuple):
 
 def _index_shard(path: Path, fields: Sequence[str]) -> _Verdict:
     try:
-        found = scan(path)
+        found = scan(path, checksum=True)
         entry = build_index(path, found, fields=fields)
     except (DataError, OSError) as error:
         return _Verdict(path, None, reason=_reason(error))
@@ -140,9 +140,10 @@ def _disagreement(folder: Path, entry: ShardEntry, *, checksum: bool) -> str | N
     if path.stat().st_size != entry.bytes:
         return f"{path.stat().st_size} bytes, the manifest says {entry.bytes}"
     try:
-        if load_offsets(index_path(path)).tolist() != scan(path).offsets:
+        found = scan(path, checksum=checksum and entry.sha256 is not None)
+        if load_offsets(index_path(path)).tolist() != found.offsets:
             return "its index does not fit; run python -m datamodules index"
-        if checksum and entry.sha256 and sha256_of(path) != entry.sha256:
+        if found.sha256 not in (None, entry.sha256):
             return "the checksum differs: bytes were changed"
     except (DataError, OSError) as error:
         return _reason(error)
@@ -152,7 +153,8 @@ def _disagreement(folder: Path, entry: ShardEntry, *, checksum: bool) -> str | N
 def _processes(paths: Sequence[Path], asked: int | None) -> int:
     if asked is not None:
         return asked
-    return (os.cpu_count() or 1) if sum(path.stat().st_size for path in paths) >= _MANY_BYTES else 1
+    many = sum(path.stat().st_size for path in paths) >= _MANY_BYTES
+    return len(os.sched_getaffinity(0)) if many else 1
 
 
 def _reason(error: Exception) -> str:

@@ -1,41 +1,39 @@
-"""Walks tar headers by byte offset, strictly: what `tarfile` skips in silence is an error here (spec data.md, 1)."""
+"""Tar headers, read strictly: what `tarfile` skips in silence is an error here (spec data.md, 1)."""
 
 from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from datamodules.errors import DataError
 
 BLOCK = 512
 # WebDataset's rule: the key ends at the first dot of the base name; names like __x__ are not samples.
 _NAME = re.compile(r"^(?!__[^/]*__(?:$|/))((?:.*/|)[^./][^./]*)[.]([^/]+)$")
+_NAMES = re.compile(
+    r"^(?:(?!__[^/\n]*__(?:$|/))((?:.*/|)[^./\n][^./\n]*)[.]([^/\n]+)|.*)$", re.MULTILINE
+)  # by line
 _OCTAL = re.compile(rb"[0-7]+")
-_PAX_PATH = re.compile(rb"\d+ path=([^\n]*)\n")
-
-Read = Callable[[int, int], bytes]
+_PAX_RECORD = re.compile(rb"(\d{1,12}) ([^=]+)=")
 
 
 class CorruptShardError(DataError):
     """A shard that cannot be trusted; the message says where and why."""
 
 
-class Member(NamedTuple):
-    """One regular file of a tar archive; offsets in bytes."""
-
-    start: int
-    next: int
-    name: str
-    data: int
-    size: int
-
-
 def split_key(name: str) -> tuple[str, str] | None:
     """Split a member's name into sample key and field (lower case); None if it belongs to no sample."""
     match = _NAME.match(name)
     return (match[1], match[2].lower()) if match else None
+
+
+def split_keys(names: Sequence[str]) -> list[tuple[str, str]]:
+    """`split_key` of many names; ("", "") for one that belongs to no sample."""
+    lines = "\n".join(names)
+    if not names or lines.count("\n") >= len(names):  # a name of several lines
+        return [split_key(name) or ("", "") for name in names]
+    return [(key, field.lower()) for key, field in _NAMES.findall(lines)]
 
 
 def _size(header: bytes) -> int:
@@ -48,10 +46,27 @@ def _size(header: bytes) -> int:
     return int(digits or b"0", 8)
 
 
-def _name(header: bytes) -> str:
+def name_of(header: bytes) -> str:
+    """The name in a header."""
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
     return (prefix + b"/" + name if prefix else name).decode()
+
+
+def longer_name(kind: bytes, payload: bytes) -> str | None:
+    """The name of the next member out of a PAX (`x`) or GNU (`L`) header; None if it says none."""
+    if kind == b"L":
+        return payload.rstrip(b"\0").decode()
+    name, at = None, 0
+    while payload[at : at + 1].strip(
+        b"\0"
+    ):  # records "LENGTH KEY=VALUE\n", the whole of one counted in its length
+        match = _PAX_RECORD.match(payload, at)
+        stop = at + int(match[1]) if match else 0
+        if match is None or stop <= match.end() or payload[stop - 1 : stop] != b"\n":
+            raise CorruptShardError("bad record in a PAX header")
+        name, at = payload[match.end() : stop - 1].decode() if match[2] == b"path" else name, stop
+    return name
 
 
 def _check(header: bytes, offset: int) -> None:
@@ -65,44 +80,28 @@ def _check(header: bytes, offset: int) -> None:
         raise CorruptShardError(f"bad header checksum at byte {offset}")
 
 
-def members(read: Read, start: int, end: int, *, whole: bool) -> Iterator[Member]:
-    """Walk the regular files in the bytes [start, end) of an archive.
+def read_header(header: bytes, position: int, end: int) -> tuple[bytes, int, int] | None:
+    """Check a header block and read it.
 
     Args:
-        read: (offset, size) -> bytes.
-        start: first byte, of a header.
-        end: byte after the last.
-        whole: the range is a whole archive: demand an end marker with only zeros behind it.
+        header: the block, shorter if the file ends in it.
+        position: where it lies.
+        end: byte after the last one that its member may take.
+
+    Returns:
+        Its member's kind (a byte) and size, and where the next header lies; None for the zeros that end an archive.
 
     Raises:
-        CorruptShardError: damage, with its place.
+        CorruptShardError: it is damaged, or its member is cut.
     """
-    position, first, long_name = start, start, None
-    while position < end:
-        header = read(position, BLOCK)
-        if len(header) == BLOCK and not any(header):
-            if whole and any(any(read(o, 1 << 20)) for o in range(position, end, 1 << 20)):
-                raise CorruptShardError(f"data after the end-of-archive marker at byte {position}")
-            return
-        _check(header, position)
-        size, kind = _size(header), header[156:157]
-        following = position + BLOCK + -(-size // BLOCK) * BLOCK
-        if following > end:
-            raise CorruptShardError(
-                f"truncated member at byte {position}: {following - end} bytes are missing"
-            )
-        if kind == b"x":
-            match = _PAX_PATH.search(read(position + BLOCK, size))
-            long_name = match[1].decode() if match else long_name
-        elif kind == b"L":
-            long_name = read(position + BLOCK, size).rstrip(b"\0").decode()
-        else:
-            if kind in (b"0", b"\0"):
-                yield Member(first, following, long_name or _name(header), position + BLOCK, size)
-            first, long_name = following, None
-        position = following
-    if whole:
-        raise CorruptShardError("no end-of-archive marker: the file was cut")
+    if len(header) == BLOCK and not any(header):
+        return None
+    _check(header, position)
+    size = _size(header)
+    following = position + BLOCK + -(-size // BLOCK) * BLOCK
+    if following > end:
+        raise CorruptShardError(f"truncated member at byte {position}: {following - end} bytes are missing")
+    return header[156:157], size, following
 
 
 def parse_sample(buffer: bytes) -> tuple[str, dict[str, bytes]]:
@@ -118,11 +117,21 @@ def parse_sample(buffer: bytes) -> tuple[str, dict[str, bytes]]:
         CorruptShardError: the bytes hold no sample, or a damaged one.
     """
     key, fields = None, {}
-    for member in members(lambda o, n: buffer[o : o + n], 0, len(buffer), whole=False):
-        split = split_key(member.name)
-        if split is not None:
-            key = split[0]
-            fields[split[1]] = bytes(buffer[member.data : member.data + member.size])
+    position, long_name = 0, None
+    while position < len(buffer):
+        header = buffer[position : position + BLOCK]
+        if (found := read_header(header, position, len(buffer))) is None:
+            break
+        kind, size, following = found
+        content = buffer[position + BLOCK : position + BLOCK + size]
+        if kind in (b"x", b"L"):
+            long_name = longer_name(kind, content) or long_name
+        else:
+            if kind in (b"0", b"\0") and (split := split_key(long_name or name_of(header))):
+                key, field = split
+                fields[field] = content
+            long_name = None
+        position = following
     if key is None:
         raise CorruptShardError("no sample at this place")
     return key, fields

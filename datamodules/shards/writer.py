@@ -17,11 +17,12 @@ import numpy as np
 from rich.progress import track
 
 from datamodules.errors import DataError
-from datamodules.shards.files import sha256_of, sync_directory, write_atomic
+from datamodules.shards.files import sync_directory, write_atomic
 from datamodules.shards.hashing import Word
-from datamodules.shards.index import Scan, entry_of, index_path, load_offsets, scan, write_index
+from datamodules.shards.index import entry_of, index_path, load_offsets, write_index
 from datamodules.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from datamodules.shards.processes import map_files
+from datamodules.shards.scan import Scan, scan
 from datamodules.shards.tar import split_key
 
 CHECKSUM_SUFFIX = ".sha256"  # `sha256sum --check *.sha256` reads these files
@@ -90,32 +91,33 @@ def _write(job: _Job, source: SampleSource, fields: Sequence[str] | None) -> _Sh
     _withdraw_manifest(job.path.parent)
     _checksum_path(job.path).unlink(missing_ok=True)
     write_atomic(job.path, content)
-    found = scan(job.path)  # of what lies on the disk now
+    found = scan(job.path)._replace(
+        sha256=hashlib.sha256(content).hexdigest()
+    )  # of what was meant to be written
     write_index(job.path, found)
-    checksum = hashlib.sha256(content).hexdigest()
-    write_atomic(_checksum_path(job.path), f"{checksum}  {job.path.name}\n".encode())
-    return _shard(job.path, found, checksum)
+    write_atomic(_checksum_path(job.path), f"{found.sha256}  {job.path.name}\n".encode())
+    return _shard(job.path, found)
 
 
-def _shard(path: Path, found: Scan, checksum: str) -> _Shard:
+def _shard(path: Path, found: Scan) -> _Shard:
     digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in found.keys]
-    return _Shard(entry_of(path, found, checksum), np.frombuffer(b"".join(digests), np.uint64))
+    return _Shard(entry_of(path, found), np.frombuffer(b"".join(digests), np.uint64))
 
 
 def _finished(job: _Job, fields: Sequence[str] | None) -> _Shard | None:
     """What an earlier run left of this shard, if tar, index and checksum agree."""
     try:
         checksum = _checksum_path(job.path).read_text().split()[0]
-        found = scan(job.path)
+        found = scan(job.path, checksum=True)
         agree = (
             len(found.keys) == job.stop - job.start
             and load_offsets(index_path(job.path)).tolist() == found.offsets
             and not found.missing(fields or ())
-            and sha256_of(job.path) == checksum
+            and found.sha256 == checksum
         )
     except (OSError, IndexError, DataError):
         return None
-    return _shard(job.path, found, checksum) if agree else None
+    return _shard(job.path, found) if agree else None
 
 
 def _make(job: _Job, source: SampleSource, fields: Sequence[str] | None) -> _Shard:

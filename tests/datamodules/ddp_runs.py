@@ -32,6 +32,8 @@ from datamodules.base import ShardDataModule
 from datamodules.shards.hashing import sample_seeds
 from datamodules.shards.index import build_index
 from datamodules.shards.manifest import Manifest
+from qm_lightning.merging.noise import Noise
+from qm_lightning.tokens import Tokens
 
 SAMPLES = 50
 SHARDS = (3, 10, 7, 1, 12, 5, 2, 10)
@@ -54,6 +56,14 @@ def write_numbers(root: Path, counts: tuple[int, ...] = SHARDS) -> Path:
         entries.append(build_index(path))
     Manifest(tuple(entries)).save(root)
     return root
+
+
+def gumbel_of(seeds: torch.Tensor) -> list[list[float]]:
+    """What a merger adds to the salience of two tokens of each sample."""
+    mask = torch.ones(len(seeds), 2, dtype=torch.bool)
+    return (
+        Noise(3).gumbel(Tokens(mask[..., None].float(), mask, mask[..., None].long(), seeds=seeds)).tolist()
+    )
 
 
 class IdModule(ShardDataModule):
@@ -116,6 +126,7 @@ class Ledger(pl.LightningModule):
             "seeds": batch["seeds"][batch["valid"]].tolist(),
             "position": batch["position"].tolist(),
             "augmented": batch["augmented"][batch["valid"]].tolist(),
+            "gumbel": gumbel_of(batch["seeds"][batch["valid"]]),
             "progress": list(batch["progress"]),
             "weight": batch["weight"],
             "size": len(batch["valid"]),

@@ -1,8 +1,7 @@
 """Stop anywhere, go on with anything: through real `Trainer.fit` processes every sample is trained exactly
 once.
 
-The model is the ledger: an optimizer step adds one to the weight of each (epoch, position) it was given, so
-    what a
+The model is the ledger: an optimizer step adds one to the weight of each (epoch, position) it was given, so what a
 checkpoint rolled back is not counted and what was trained twice shows.
 """
 
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ddp_runs import SAMPLES, IdModule, Stage, ledger_of, logged, newest, run, write_numbers
+from ddp_runs import SAMPLES, IdModule, Stage, gumbel_of, ledger_of, logged, newest, run, write_numbers
 
 from datamodules.shards.geometry import Geometry, Progress
 from datamodules.shards.hashing import sample_seeds
@@ -35,12 +34,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def interrupted(first: Stage, second: Stage, root: Path, out: Path) -> tuple[np.ndarray, dict[str, Any]]:
+def interrupted(
+    first: Stage, second: Stage, root: Path, out: Path, timeout: float = 90
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Run until the first stage dies, resume with the second; the ledger, and the checkpoint used."""
-    ended = run(first, root, out / "first")
+    ended = run(first, root, out / "first", timeout=timeout)
     assert not any(isinstance(r, dict) for r in ended), "the first stage was to die"
     path = newest(out / "first")
-    results = run(second, root, out / "second", path)
+    results = run(second, root, out / "second", path, timeout)
     return ledger_of(results), torch.load(path, weights_only=True)
 
 
@@ -61,7 +62,8 @@ def expected(stage: Stage, start: Progress, batches: int) -> list[list[dict[str,
                 ids.append(int(first[shard[0]] + sample[0]))
             seeds = sample_seeds(seed, epoch, position)
             noise = [np.random.RandomState(s % 2**32).rand() for s in seeds.tolist()]
-            got.append({"ids": ids, "seeds": seeds.tolist(), "augmented": noise})
+            gumbel = gumbel_of(torch.from_numpy(seeds))
+            got.append({"ids": ids, "seeds": seeds.tolist(), "augmented": noise, "gumbel": gumbel})
         ranks.append(got)
     return ranks
 
@@ -79,7 +81,7 @@ def same_batches(out: Path, stage: Stage, start: Progress, epochs: int) -> None:
                 for e in range(start.epoch + 1, epochs)
             ]
             wanted = sum(later, here)
-        assert [{k: line[k] for k in ("ids", "seeds", "augmented")} for line in lines] == wanted
+        assert [{k: line[k] for k in ("ids", "seeds", "augmented", "gumbel")} for line in lines] == wanted
         assert all(line["size"] == stage.batch for line in lines)
 
 
@@ -181,6 +183,17 @@ def test_resized(first: Stage, second: Stage, root: Path, tmp_path: Path) -> Non
         assert flat.sum() >= 2 * SAMPLES - 3 * second.batch * second.world
     else:
         whole_epochs(seen)
+
+
+@pytest.mark.parametrize("second", [Stage(1, batch=3), slow(Stage(3, 2))], ids=str)
+def test_resized_with_the_rest_dropped(second: Stage, root: Path, tmp_path: Path) -> None:
+    """From the checkpoint on, as many whole batches as are left; in the next epoch as many as fit."""
+    first = Stage(2, fatal=3, data={"tail": "drop"})
+    seen, checkpoint = interrupted(first, replace(second, data=first.data), root, tmp_path)
+    done, step = state_of(checkpoint)["consumed"], second.batch * second.world
+    kept = [done + (SAMPLES - done) // step * step, SAMPLES // step * step]
+    assert [(seen[epoch, :end] == 1).all() for epoch, end in enumerate(kept)] == [True, True]
+    assert seen.sum() == sum(kept)
 
 
 # Moments ------------------------------------------------------------------------------------------------
@@ -339,10 +352,12 @@ def test_shards_changed_since_the_checkpoint(root: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_start_methods(method: str, root: Path, tmp_path: Path) -> None:
+    """Every worker loads torch anew, which on a busy machine takes minutes."""
     stage = Stage(2, 2, data={"start_method": method, "persistent_workers": True})
-    seen, checkpoint = interrupted(replace(stage, fatal=9), stage, root, tmp_path)
+    seen, checkpoint = interrupted(replace(stage, fatal=9), stage, root, tmp_path, timeout=400)
     whole_epochs(seen)
     same_batches(tmp_path / "second", stage, start_of(checkpoint), 2)
 

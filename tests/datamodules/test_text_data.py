@@ -85,6 +85,23 @@ def test_the_text_itself_as_targets(tmp_path: Path) -> None:
     assert data.decode_targets(batch["targets"][0]) == "ab"
 
 
+def test_texts_of_similar_length_come_together(tmp_path: Path) -> None:
+    """`bucket_batches` spares padding, and each text still comes once."""
+    lengths = [1 + 700 * (i * 7 % 12) for i in range(96)]
+    texts = [{"__key__": f"s{i:02d}".encode(), "txt": b"x" * n} for i, n in enumerate(lengths)]
+    write_shards(tmp_path, "train", texts, progress=False)
+
+    def padded(bucket_batches: int) -> int:
+        data = TextDataModule(
+            tmp_path, 4, targets="text", context_length=9000, window=0, bucket_batches=bucket_batches
+        )
+        batches = list(data.train_dataloader())
+        assert sorted(key for b in batches for key in b["keys"]) == [f"s{i:02d}" for i in range(96)]
+        return sum(int((b["inputs"]["attention_mask"] == 0).sum()) for b in batches)
+
+    assert padded(bucket_batches=24) < 0.25 * padded(bucket_batches=0)
+
+
 def test_a_missing_target_is_named(tmp_path: Path) -> None:
     write_shards(tmp_path, "test", [{"__key__": b"a", "txt": b"text"}], progress=False)
     with pytest.raises(DataError, match=r"no target\.txt among txt"):
