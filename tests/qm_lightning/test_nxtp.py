@@ -92,6 +92,11 @@ def test_the_label_prior_and_its_rival_differ_in_the_prior_alone() -> None:
     for key in ("backbone", "merger", "optimizer"):
         assert labels[key] == digits[key]
     assert labels["prior"]["init_args"] == {**digits["prior"]["init_args"], "variant": "strict"}
+    scenes, pictures = (
+        yaml.safe_load((ROOT / f"configs/data/{name}.yaml").read_text())["init_args"]
+        for name in ("digit_labels", "digits")
+    )
+    assert scenes == {**pictures, "targets": "digit_labels"}
 
 
 @pytest.mark.parametrize(
