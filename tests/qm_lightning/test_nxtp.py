@@ -74,6 +74,8 @@ def test_the_experiment(base: list[str], tmp_path: Path, monkeypatch: pytest.Mon
         last,
         "--model.optimizer.learning_rate",
         "0",
+        "--model.optimizer.muon_learning_rate",
+        "0",
     ]
     assert main(["fit", *base, "--run_dir", str(shallow), *cut]) == 0
     first, second = (
