@@ -3,7 +3,8 @@
 Trains, per seed, a label prior of each variant and the ordinary prior (sorted digits, an end token), all behind
 the same backbone and merger with the same steps, through `python train.py fit`; finished runs are kept. Then reads
 the test split: one-shot sampling from the label priors, greedy decoding one label after another from the `repo`
-variant and from the ordinary prior. The score threshold of one-shot sampling is chosen on the validation split.
+variant and from the ordinary prior. How likely a label must be, as a share of the likeliest one, is chosen on the
+validation split.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from qm_lightning.tokens import MergedTokens
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "nxtp.json"
-THRESHOLDS = (0.0, 0.02, 0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.2, 0.25)
+RATIOS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RUNS: dict[str, list[str]] = {
     "strict": ["--config", "configs/experiment/nxtp.yaml"],
@@ -136,21 +137,19 @@ def measure(run: TrainedRun) -> Iterator[dict[str, Any]]:
     """Read validation and test split; a row per way of reading."""
     splits = {split: list(prefixes(run, split)) for split in ("val", "test")}
     for name, read in readers(run.module.prior).items():
-        threshold, scored = 0.0, name == "one shot"
-        if scored:
+        ratio = 0.0
+        if name == "one shot":
             val = [(read(merged)[0], wanted) for merged, wanted in splits["val"]]
-            threshold = max(THRESHOLDS, key=lambda t: scores(val, t, ExactEncoder())["f1"])
+            ratio = max(RATIOS, key=lambda r: scores(val, r, ExactEncoder())["f1"])
         test, passes = [], []
         for merged, wanted in splits["test"]:
             labels, steps = read(merged)
             test.append((labels, wanted))
             passes += steps
-        row = {"decoding": name, "threshold": threshold, **scores(test, threshold, ExactEncoder())}
+        row = {"decoding": name, "min_ratio": ratio, **scores(test, ratio, ExactEncoder())}
         if (similar := sentence_encoder()) is not None:
             row |= {
-                f"minilm_{k}": v
-                for k, v in scores(test, threshold, similar, WORDS).items()
-                if k != "predicted"
+                f"minilm_{k}": v for k, v in scores(test, ratio, similar, WORDS).items() if k != "predicted"
             }
         samples = sum(len(wanted) for _, wanted in splits["test"])
         kept = sum(int(merged.mask.sum()) for merged, _ in splits["test"]) / samples
@@ -177,18 +176,18 @@ def prefixes(run: TrainedRun, split: str) -> Iterator[tuple[MergedTokens, Labels
 
 def scores(
     found: Sequence[tuple[list[list[tuple[str, float]]], Labels]],
-    threshold: float,
+    ratio: float,
     encoder: StringEncoder,
     names: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """Recall, precision, F1, exact sets, labels per sample."""
+    """Recall, precision, F1, exact sets, labels per sample, of labels at least ``ratio`` as likely as the likeliest."""
     metric = LabelScores(encoder)
 
     def named(label: str) -> str:
         return label if names is None else names[int(label)]
 
     for labels, wanted in found:
-        kept = [[named(label) for label, score in row if score >= threshold] for row in labels]
+        kept = [[named(label) for label, score in row if score >= ratio * row[0][1]] for row in labels]
         metric.update(kept, [[named(label) for label in row] for row in wanted])
     return {name: float(value) for name, value in metric.compute().items()}
 

@@ -157,13 +157,18 @@ def merge_picture(
         return _text_picture(inputs, groups, tokens.mask[index].cpu().numpy(), heading)
     groups = groups.select(~groups.special)
     frames = _frames(np.asarray(inputs, dtype=np.float64), groups)
-    figure = Figure(figsize=(PANEL * len(frames) + 0.1, PANEL + 0.3), dpi=150)
+    head = 0.3 if len(frames) == 1 else 0.55  # inches; each of several frames has a line of its own
+    figure = Figure(figsize=(PANEL * len(frames) + 0.1, PANEL + head), dpi=150)
     FigureCanvasAgg(figure)
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.28 / (PANEL + 0.3), wspace=0.04)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - head / (PANEL + head), wspace=0.04)
     colours = groups.colours()
-    for place, (picture, chosen) in enumerate(frames):
+    anchored = np.arange(len(groups.group)) == groups.anchor
+    for place, (name, picture, chosen) in enumerate(frames):
         axes = figure.add_subplot(1, len(frames), place + 1)
         _draw_grid(axes, picture, groups.select(chosen), colours[chosen])
+        if name:
+            here = f": {int(anchored[chosen].sum())} kept" if anchored.any() else ""
+            axes.set_title(name + here, loc="left", fontsize=9, pad=3)
     figure.suptitle(
         heading, x=0.01, y=0.995, ha="left", va="top", fontsize=11, fontweight="bold", parse_math=False
     )
@@ -183,16 +188,19 @@ def _text_picture(strings: Sequence[str], groups: Groups, mask: NDArray[np.bool_
 
 def _frames(
     inputs: NDArray[np.float64], groups: Groups
-) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
-    """Pictures to draw, each with the tokens that lie on it."""
+) -> list[tuple[str, NDArray[np.float64], NDArray[np.bool_]]]:
+    """Pictures to draw, each with its name (a still picture has none) and the tokens that lie on it."""
     if groups.positions.shape[1] == GRID_COORDINATES:
-        return [(inputs, np.ones(len(groups.group), bool))]
+        return [("", inputs, np.ones(len(groups.group), bool))]
     times = groups.positions[:, 0]
     steps = int(times.max()) + 1
     shown = np.unique(np.linspace(0, steps - 1, min(steps, MAX_FRAMES)).round().astype(int))
     moving = inputs.ndim > 3 or (inputs.ndim == 3 and inputs.shape[-1] != 3)
     # A model may read several frames as one step; the first of them stands for all.
-    return [(inputs[len(inputs) * t // steps] if moving else inputs, times == t) for t in shown.tolist()]
+    if not moving:
+        return [(f"step {t}", inputs, times == t) for t in shown.tolist()]
+    firsts = [(t, len(inputs) * t // steps) for t in shown.tolist()]
+    return [(f"frame {first}", inputs[first], times == t) for t, first in firsts]
 
 
 def _draw_grid(axes: Any, picture: NDArray[np.float64], groups: Groups, colours: NDArray[np.float64]) -> None:

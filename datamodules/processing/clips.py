@@ -169,7 +169,9 @@ class VideoFile:
         except ModuleNotFoundError:
             raise DataError(MISSING_PYAV.format(name=self._name)) from None
         try:
-            return av.open(io.BytesIO(self._data), format=CONTAINERS[self._name.rsplit(".", 1)[-1]])
+            kind = CONTAINERS[self._name.rsplit(".", 1)[-1]]
+            # Titles and the like are in any encoding, and nobody reads them here.
+            return av.open(io.BytesIO(self._data), format=kind, metadata_errors="replace")
         except av.error.FFmpegError as error:
             raise DataError(
                 f"{self._name} cannot be opened ({error}); {len(self._data)} bytes, expected a video file"
@@ -179,6 +181,10 @@ class VideoFile:
         if not container.streams.video:
             raise DataError(f"{self._name} holds no video track, expected one")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise DataError(
+                f"{self._name} is of an unknown codec; {len(self._data)} bytes, it may be damaged"
+            )
         if (pixels := stream.width * stream.height) > self._limits.pixels:
             raise DataError(
                 f"{self._name} has {pixels} pixels a frame, allowed are {self._limits.pixels}; make it smaller"

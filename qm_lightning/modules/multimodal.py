@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qm_lightning.backbones import HFBackbone
+from qm_lightning.backbones import HFBackbone, WordVectors
 from qm_lightning.errors import UserError
 from qm_lightning.losses import collapse_variance
 from qm_lightning.merging import Merger
 from qm_lightning.metrics import QualityMetrics
 from qm_lightning.modules.compiling import CompileOptions
 from qm_lightning.modules.optim import OptimizerOptions
-from qm_lightning.modules.quickmerge import LossWeights, QuickMergeModule
+from qm_lightning.modules.quickmerge import LossWeights, QuickMergeModule, paired_text
 from qm_lightning.priors import ARPrior
 from qm_lightning.tokens import MergedTokens, Tokens
 
@@ -30,10 +31,12 @@ class ModalityPath:
     Attributes:
         backbone: frozen encoder.
         merger: ``Tokens`` -> ``MergedTokens``.
+        context: puts a batch's ``context``, the paired text, into the tokens' space, for mergers that read it.
     """
 
     backbone: HFBackbone
     merger: Merger
+    context: WordVectors | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class PlacedMerger:
 
 
 class ModalityView(nn.Module):
-    """One modality of a ``MultimodalModule`` as if there were no other: what costs are measured on."""
+    """One modality of a ``MultimodalModule`` as if there were no other: its way to the prior, and the prior."""
 
     def __init__(self, module: MultimodalModule, name: str) -> None:
         super().__init__()
@@ -110,16 +113,8 @@ class ModalityView(nn.Module):
         plain: Any = module.merger[name]
         self.prior, self.merger = module.prior, PlacedMerger(plain, module.blocks[name])
         self.plain = plain
+        self.merge = partial(module.merge_alone, name)
         self.train(module.training)
-
-    def merge(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens]:
-        """Tokens in the backbone's width, merged ones in the prior's."""
-        return _merge(self.backbone, self.merger, batch)
-
-
-def _merge(backbone: Any, merger: PlacedMerger, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens]:
-    tokens = replace(merger.read(backbone, batch["inputs"]), seeds=batch.get("seeds"))
-    return tokens, merger.encode(backbone, batch["inputs"], tokens)
 
 
 class MultimodalModule(QuickMergeModule):
@@ -166,6 +161,8 @@ class MultimodalModule(QuickMergeModule):
             compile,
         )
         self.blocks = _blocks({name: path.backbone.hidden_size for name, path in paths.items()})
+        contexts: Any = {name: path.context for name, path in paths.items()}
+        self.contexts = nn.ModuleDict(contexts)
         self.by_modality = nn.ModuleDict(
             {stage: nn.ModuleDict({name: QualityMetrics() for name in paths}) for stage in ("val", "test")}
         )
@@ -173,9 +170,18 @@ class MultimodalModule(QuickMergeModule):
     def merge(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens]:
         """Backbone and merger of the batch's modality, in the prior's width."""
         name = self._modality(batch)
-        merger: Any = self.merger[name]
-        tokens, merged = _merge(self.backbone[name], PlacedMerger(merger, self.blocks[name]), batch)
+        tokens, merged = self.merge_alone(name, batch)
         return replace(tokens, values=self.blocks[name].place(tokens.values)), merged
+
+    def merge_alone(self, name: str, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens]:
+        """A batch of one modality: tokens in its backbone's width, merged ones in the prior's."""
+        backbone: Any = self.backbone[name]
+        merger: Any = self.merger[name]
+        words: Any = self.contexts[name]
+        text = paired_text(words, batch, f"model.paths.{name}.context")
+        placed = PlacedMerger(merger, self.blocks[name])
+        tokens = replace(placed.read(backbone, batch["inputs"]), seeds=batch.get("seeds"), context=text)
+        return tokens, placed.encode(backbone, batch["inputs"], tokens)
 
     def view(self, name: str) -> ModalityView:
         """One modality as a module of its own, sharing all weights."""

@@ -35,12 +35,14 @@ class LabelDecoding:
         max_tokens: longest label, separator included.
         branch_tokens: tokens at which branches may still split; 1 is the paper's method.
         min_score: labels of a smaller probability are not predicted.
+        min_ratio: labels less likely than this share of the likeliest are not predicted.
     """
 
     top_k: int = 10
     max_tokens: int = 20
     branch_tokens: int = 1
     min_score: float = 0.0
+    min_ratio: float = 0.0
 
 
 class NXTPModule(QuickMergeModule):
@@ -124,7 +126,7 @@ class NXTPModule(QuickMergeModule):
         """Labels of each sample and their probabilities, the likeliest first."""
         options = self.decoding
         branches = one_shot(self.labels, merged, options.top_k, options.max_tokens, options.branch_tokens)
-        return scored_labels(branches, self.labels.sep_id, self._decode, options.min_score)
+        return scored_labels(branches, self.labels.sep_id, self._decode, options.min_score, options.min_ratio)
 
     def _decode(self, ids: Tensor) -> str:
         data: Any = getattr(self._trainer, "datamodule", None)
@@ -167,15 +169,17 @@ class NXTPModule(QuickMergeModule):
         _, merged = self.merge(batch)
         options = self.decoding
         found = one_shot(self.labels, merged, options.top_k, options.max_tokens, options.branch_tokens)
-        keep = found.finished & (found.scores.exp() >= options.min_score)
-        keep &= found.tokens[..., 0] != self.labels.sep_id
+        labels = found.finished & (found.tokens[..., 0] != self.labels.sep_id)
+        scores = found.scores.exp().masked_fill(~labels, 0.0)
+        limit = (options.min_ratio * scores.amax(dim=1, keepdim=True)).clamp(min=options.min_score)
+        keep = labels & (scores >= limit)
         ranked = found.scores.argsort(dim=1, descending=True)
         rows = []
         for tokens, kept, order in zip(found.tokens, keep, ranked, strict=True):
             strands = [tokens[r] for r in order.tolist() if bool(kept[r])]
-            labels = [
+            written = [
                 torch.cat([s[s != self.labels.sep_id], s.new_tensor([self.labels.sep_id])]) for s in strands
             ]
-            rows.append(torch.cat(labels) if labels else tokens.new_empty(0))
+            rows.append(torch.cat(written) if written else tokens.new_empty(0))
         sequences = pad_sequence(rows, batch_first=True, padding_value=-100)
         return {"keys": batch["keys"], "position": batch["position"], "sequences": sequences}

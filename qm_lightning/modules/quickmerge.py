@@ -39,6 +39,29 @@ class LossWeights:
     gamma: float = 0.8
 
 
+def paired_text(
+    words: WordVectors | None, batch: dict[str, Any], option: str = "model.context"
+) -> Tokens | None:
+    """The batch's ``context`` in the space of its tokens, for mergers that read it.
+
+    Args:
+        words: puts it there; ``None``: no merger reads it.
+        batch: as docs/architecture.md has it.
+        option: the user's name of ``words``.
+
+    Raises:
+        UserError: there is no context.
+    """
+    if words is None:
+        return None
+    if "context" not in batch:
+        raise UserError(
+            f"{option} is set but the batch has no context; expected a paired text, such as a question; use a "
+            f"PairedDataModule over shards with question.txt, or leave {option} out"
+        )
+    return words(batch["context"])  # type: ignore[no-any-return]
+
+
 class QuickMergeModule(FrozenBackboneMixin, LightningModule):
     """Trains a merger and an AR prior behind a frozen backbone.
 
@@ -89,19 +112,9 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         tokens = replace(
             self.merger.read(self.backbone, batch["inputs"]),
             seeds=batch.get("seeds"),
-            context=self._context(batch),
+            context=paired_text(self.context, batch),
         )
         return tokens, self.merger.encode(self.backbone, batch["inputs"], tokens)
-
-    def _context(self, batch: dict[str, Any]) -> Tokens | None:
-        if self.context is None:
-            return None
-        if "context" not in batch:
-            raise UserError(
-                "model.context is set but the batch has no context; expected a paired text, such as a question; use a "
-                "PairedDataModule over shards with question.txt, or leave model.context out"
-            )
-        return self.context(batch["context"])  # type: ignore[no-any-return]
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tokens, MergedTokens, PriorOutput]:
         """The whole path for one batch (docs/architecture.md lists its keys)."""

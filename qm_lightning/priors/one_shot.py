@@ -152,7 +152,11 @@ def greedy_labels(prior: LabelPrior, merged: MergedTokens, max_tokens: int) -> T
 
 
 def scored_labels(
-    branches: Branches, sep_id: int, decode: Callable[[Tensor], str], min_score: float = 0.0
+    branches: Branches,
+    sep_id: int,
+    decode: Callable[[Tensor], str],
+    min_score: float = 0.0,
+    min_ratio: float = 0.0,
 ) -> list[list[tuple[str, float]]]:
     """Read the branches of each sample as labels; branches that decode to one string are one label.
 
@@ -161,6 +165,9 @@ def scored_labels(
         sep_id: SEP.
         decode: a label's tokens, long [<=L] without SEP, as a string.
         min_score: labels of a smaller probability are left out.
+        min_ratio: so are those less likely than this share of the likeliest. The labels of a sample share one
+            probability of 1, so each of four has 0.25 at most: a fixed limit is too strict for many labels, or
+            too lax for one.
 
     Returns:
         For each sample its labels and their summed probabilities, the likeliest first.
@@ -174,6 +181,7 @@ def scored_labels(
         for r, strand in enumerate(sample):
             if finished[b][r] and lengths[b][r] and (label := decode(strand[: lengths[b][r]]).strip()):
                 sums[label] = sums.get(label, 0.0) + probabilities[b][r]
-        kept = [(label, score) for label, score in sums.items() if score >= min_score]
-        rows.append(sorted(kept, key=lambda item: -item[1]))
+        ranked = sorted(sums.items(), key=lambda item: -item[1])
+        limit = max(min_score, min_ratio * ranked[0][1]) if ranked else 0.0
+        rows.append([(label, score) for label, score in ranked if score >= limit])
     return rows

@@ -48,6 +48,9 @@ LEGENDS = {
     "alone, pale grey was dropped.",
     "image": "A colour is a group of merged patches, lines lead to its anchor (the dot); patches without "
     "colour stayed alone, dark ones were dropped.",
+    "video": "A colour is a group of merged patches, lines lead to its anchor (the dot); patches without "
+    "colour stayed alone, dark ones were dropped. A group may reach over several frames: patches without a "
+    "line belong to the anchor of that colour on another frame.",
 }
 
 
@@ -105,7 +108,7 @@ def make_section(runs: Sequence[Run], out: Path) -> Section:
         split=" and ".join(sorted({str(run.raw.get("split") or "test") for run in runs})),
         plots=_draw_plots(rows, name, out),
         pictures=_pictures(rows),
-        legend=LEGENDS["text" if kind == "text" else "image"],
+        legend=LEGENDS[kind],
         work=_work(runs),
         configurations=_configurations(rows),
     )

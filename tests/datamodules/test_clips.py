@@ -16,16 +16,17 @@ def frames(count: int = 6, edge: int = 16) -> np.ndarray:
     return np.stack([np.full((edge, edge), 30 * f % 256, np.uint8) for f in range(count)])
 
 
-def mp4(pictures: np.ndarray, rate: int = 10) -> bytes:
+def film(pictures: np.ndarray, container: str = "mp4") -> bytes:
     av = pytest.importorskip("av")
     file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
+    with av.open(file, "w", format=container) as made:
+        made.metadata["title"] = "Zoe"
+        stream = made.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = pictures.shape[2], pictures.shape[1], "yuv420p"
         for picture in pictures:
             frame = av.VideoFrame.from_ndarray(np.repeat(picture[..., None], 3, -1), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            made.mux(stream.encode(frame))
+        made.mux(stream.encode(None))
     return file.getvalue()
 
 
@@ -48,7 +49,7 @@ def test_an_array(colours: bool) -> None:
 
 
 def test_a_video_file() -> None:
-    clip = open_clip({"mp4": mp4(frames())})
+    clip = open_clip({"mp4": film(frames())})
     assert len(clip) == 6
     read = clip.read([0, 2, 5])
     assert read.shape == (3, 16, 16, 3)
@@ -56,11 +57,22 @@ def test_a_video_file() -> None:
 
 
 def test_a_cut_video_file_is_refused() -> None:
-    whole = mp4(frames(30, 64))
+    whole = film(frames(30, 64))
     with pytest.raises(DataError, match="mp4"):
         open_clip({"mp4": whole[: len(whole) // 2]}).read([29])
     with pytest.raises(DataError, match="cannot be opened"):
         open_clip({"mp4": b"#EXTM3U\nfile:///etc/passwd\n"})
+
+
+def test_a_title_that_is_not_utf8_does_not_matter() -> None:
+    data = film(frames())
+    assert data.count(b"Zoe") == 1
+    assert len(open_clip({"mp4": data.replace(b"Zoe", b"Zo\xeb")})) == 6
+
+
+def test_an_unknown_codec_is_refused() -> None:
+    with pytest.raises(DataError, match="avi is of an unknown codec"):
+        open_clip({"avi": film(frames(), "avi").replace(b"FMP4", b"ZZZZ")})
 
 
 def test_without_pyav_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from datamodules.errors import DataError
 from datamodules.sources.documents import Document, split_of, stdlib_documents
+from datamodules.sources.drawn import DrawOptions
 from datamodules.sources.splits import SPLITS
 from datamodules.sources.text import StdlibSamples, add_arguments, prepare
 from datamodules.sources.text_tasks import (
@@ -154,5 +155,5 @@ def test_options_are_those_of_prepare() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     options = vars(parser.parse_args([]))
-    accepted = set(inspect.signature(prepare).parameters) - {"source", "out"}
-    assert set(options) == accepted
+    own = set(inspect.signature(prepare).parameters) - {"source", "out", "options"}
+    assert set(options) == own | DrawOptions.__optional_keys__

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from datamodules.shards.writer import write_shards
 from datamodules.sources.image import DigitScenes
@@ -44,7 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_the_experiment(base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     deep = tmp_path / "deep"
-    shown = ["--model.decoding.min_score", "0.0"]  # six steps teach little: show what there is
+    shown = ["--model.decoding.min_ratio", "0.0"]  # six steps teach little: show what there is
     assert main(["fit", *base, "--run_dir", str(deep)]) == 0
     assert main(["test", *base, "--run_dir", str(deep), *shown]) == 0
     metrics = json.loads((deep / "results.json").read_text())["metrics"]
@@ -73,6 +74,8 @@ def test_the_experiment(base: list[str], tmp_path: Path, monkeypatch: pytest.Mon
         last,
         "--model.optimizer.learning_rate",
         "0",
+        "--model.optimizer.muon_learning_rate",
+        "0",
     ]
     assert main(["fit", *base, "--run_dir", str(shallow), *cut]) == 0
     first, second = (
@@ -81,6 +84,21 @@ def test_the_experiment(base: list[str], tmp_path: Path, monkeypatch: pytest.Mon
     kept = {k for k in first if not k.startswith("prior.trunk.blocks.1")}
     assert second.keys() == kept
     assert all(torch.equal(first[k], second[k]) for k in kept if k.startswith("prior."))
+
+
+def test_the_label_prior_and_its_rival_differ_in_the_prior_alone() -> None:
+    labels, digits = (
+        yaml.safe_load((ROOT / f"configs/model/{name}.yaml").read_text())["init_args"]
+        for name in ("nxtp_image", "quickmerge_image")
+    )
+    for key in ("backbone", "merger", "optimizer"):
+        assert labels[key] == digits[key]
+    assert labels["prior"]["init_args"] == {**digits["prior"]["init_args"], "variant": "strict"}
+    scenes, pictures = (
+        yaml.safe_load((ROOT / f"configs/data/{name}.yaml").read_text())["init_args"]
+        for name in ("digit_labels", "digits")
+    )
+    assert scenes == {**pictures, "targets": "digit_labels"}
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,15 @@ def test_video_is_a_strip_of_frames(steps: int, frames: int, panels: int) -> Non
     shown = [float(axes.images[0].get_array().max()) for axes in figure.axes]
     assert shown == sorted(shown)
     assert shown[0] == 0.0
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles[0] == "frame 0: 1 kept"
+    assert titles[-1] == f"frame {(steps - 1) * frames // steps}: 1 kept"
+
+
+def test_a_frame_without_anchors_says_so() -> None:
+    tokens, merged = make([0] * 8, grid_positions(2, 2, 2), anchors=[0])
+    figure = merge_picture(np.ones((4, 8, 8)), merged, 0, tokens=tokens)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["frame 0: 1 kept", "frame 2: 0 kept"]
 
 
 def test_colour_video_and_still_picture_for_a_video() -> None:

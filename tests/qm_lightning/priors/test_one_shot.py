@@ -100,6 +100,10 @@ def test_strings_are_summed() -> None:
     assert labels[0][0][1] == pytest.approx(0.7)
     kept = scored_labels(Branches(tokens, scores, finished, 2), SEP, lambda ids: names[int(ids[0])], 0.1)
     assert [label for label, _ in kept[0]] == ["cat"]
+    branches = Branches(tokens, scores, finished, 2)
+    for ratio, expected in ((0.05 / 0.7 - 1e-4, 2), (0.05 / 0.7 + 1e-4, 1)):  # a share of the likeliest label
+        kept = scored_labels(branches, SEP, lambda ids: names[int(ids[0])], min_ratio=ratio)
+        assert len(kept[0]) == expected
 
 
 def test_greedy_labels_follow_the_repo_mask() -> None:

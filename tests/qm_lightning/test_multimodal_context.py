@@ -1,0 +1,63 @@
+"""The question about a picture reaches the merger of its part in a module of several modalities."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qm_lightning.backbones import HFBackbone, WordVectors
+from qm_lightning.backbones.small import preprocessing_of, save_backbone, small_vit
+from qm_lightning.backbones.words import save_words
+from qm_lightning.errors import UserError
+from qm_lightning.merging import FixedBudget, TrimTokenator
+from qm_lightning.modules import MultimodalModule
+from qm_lightning.modules.multimodal import ModalityPath
+from qm_lightning.priors import ARPrior
+
+WIDTH, PICTURES, WORDS = 32, 3, 5
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> MultimodalModule:
+    """Two parts behind one backbone: ``asked`` reads the question, ``plain`` does not."""
+    torch.manual_seed(0)
+    vit = small_vit(width=WIDTH, depth=1, heads=2)
+    save_backbone(vit, tmp_path / "vit", preprocessing_of(vit))
+    save_words(torch.randn(WORDS, WIDTH), tmp_path / "words")
+
+    def path(context: WordVectors | None) -> ModalityPath:
+        merger = TrimTokenator(FixedBudget(8.0), first_share=0.25, normalize=True)
+        return ModalityPath(HFBackbone(str(tmp_path / "vit"), layers=1), merger, context)
+
+    paths = {"asked": path(WordVectors(str(tmp_path / "words"))), "plain": path(None)}
+    return MultimodalModule(
+        paths, lambda width, words: ARPrior(width, words, dim=16, depth=1, heads=2), vocab_size=11, eos_id=10
+    ).eval()
+
+
+def batch(modality: str, word: int) -> dict[str, Any]:
+    pixels = torch.rand(PICTURES, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+    ids = torch.full((PICTURES, 1), word)
+    return {
+        "modality": modality,
+        "inputs": {"pixel_values": pixels},
+        "context": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+    }
+
+
+def test_another_question_keeps_other_tokens_of_its_own_part_only(module: MultimodalModule) -> None:
+    def kept(modality: str, word: int) -> list[list[bool]]:
+        found: list[list[bool]] = (module.merge(batch(modality, word))[1].assignment >= 0).tolist()
+        return found
+
+    assert kept("asked", 0) != kept("asked", 1)
+    assert kept("plain", 0) == kept("plain", 1)
+    assert (module.view("asked").merge(batch("asked", 1))[1].assignment >= 0).tolist() == kept("asked", 1)
+    assert not [name for name in module.state_dict() if "context" in name]
+
+
+def test_a_batch_without_the_question_is_named(module: MultimodalModule) -> None:
+    silent = {k: v for k, v in batch("asked", 0).items() if k != "context"}
+    with pytest.raises(UserError, match=r"model.paths.asked.context is set but the batch has no context"):
+        module.merge(silent)
