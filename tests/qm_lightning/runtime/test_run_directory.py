@@ -82,11 +82,12 @@ def test_last_without_any_training_is_an_error() -> None:
 def test_fresh_puts_the_past_aside_whole() -> None:
     run = open_run_directory("mine", "image")
     train(run)
+    (run.path / "results.json").write_text("{}")
     again = open_run_directory("mine", "image", fresh=True)
     assert again.run_id != run.run_id
     assert again.ckpt_path is None
     kept = sorted(path.name for path in Path("mine/previous").glob("*/*"))
-    assert kept == ["checkpoints", "metrics.csv", "run.json"]
+    assert kept == ["checkpoints", "metrics.csv", "results.json", "run.json"]
     assert not Path("mine/checkpoints").exists()
 
 
