@@ -44,10 +44,11 @@ class ExactResume(Callback):
         self._step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Translate Lightning's batch counter when a run resumes in the middle of an epoch."""
+        """Translate Lightning's counters when a run resumes in the middle of an epoch, or at its very end."""
         loader = self._attach(trainer)
         if loader is not None and trainer.fit_loop.restarting:
             _recount(trainer, loader)
+            _begin_epoch(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -100,6 +101,20 @@ class ExactResume(Callback):
             return
         self._step = trainer.global_step
         self._loader.commit(self._in_flight)
+
+
+def _begin_epoch(trainer: pl.Trainer) -> None:
+    """Let Lightning count the epoch that follows a checkpoint of an epoch's last batch.
+
+    Lightning 2.6 takes the old epoch as done, and then the new one as the old one, gone on with: it is not counted as
+    begun. A checkpoint out of it would look like one of a finished epoch, and a third life count batches from 0.
+    """
+    loop = trainer.fit_loop
+    if (
+        loop.restarted_mid_epoch
+        and loop.epoch_progress.current.processed == loop.epoch_progress.current.ready
+    ):
+        loop.reset_restart_stage()
 
 
 def _recount(trainer: pl.Trainer, loader: TrainLoader) -> None:

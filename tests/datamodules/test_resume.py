@@ -292,6 +292,16 @@ def test_three_lives(root: Path, tmp_path: Path) -> None:
     whole_epochs(ledger_of(run(Stage(1), root, tmp_path / "c", newest(tmp_path / "b"))))
 
 
+@pytest.mark.parametrize("limit", [{}, slow({"max_epochs": -1, "max_steps": 21})], ids=str)
+def test_a_third_life_after_the_end_of_an_epoch(limit: dict[str, int], root: Path, tmp_path: Path) -> None:
+    """The first ends with the last batch of epoch 0; what the second saves in epoch 1 is no finished epoch."""
+    run(Stage(fatal=13, trainer=limit), root, tmp_path / "a")
+    run(Stage(fatal=2, trainer=limit), root, tmp_path / "b", newest(tmp_path / "a"))
+    results = run(Stage(accumulate=2, trainer=limit), root, tmp_path / "c", newest(tmp_path / "b"))
+    whole_epochs(ledger_of(results))  # the last window has one batch, and is applied all the same
+    assert results[0]["epoch"] == 2
+
+
 @pytest.mark.parametrize(
     "option", [slow({"reload_dataloaders_every_n_epochs": 1}), {"limit_train_batches": 5}], ids=str
 )
