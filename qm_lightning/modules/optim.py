@@ -21,7 +21,7 @@ class OptimizerOptions:
     Attributes:
         learning_rate: peak rate of AdamW.
         muon_learning_rate: peak rate of Muon, which then takes the matrices of the transformer blocks and leaves
-            AdamW the rest; ``None``: AdamW takes all.
+            AdamW the rest; 0: AdamW takes all.
         weight_decay: decoupled decay of matrices; vectors (norms, biases) have none.
         warmup_steps: optimizer steps of linear warm-up.
         betas: AdamW's averages.
@@ -29,7 +29,7 @@ class OptimizerOptions:
     """
 
     learning_rate: float = 1e-3
-    muon_learning_rate: float | None = None
+    muon_learning_rate: float = 0.0
     weight_decay: float = 0.05
     warmup_steps: int = 50
     betas: tuple[float, float] = (0.9, 0.95)
@@ -73,16 +73,14 @@ def build_optimizer(
 
 
 def _optimizer(trainable: dict[str, nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
-    hidden = (
-        [] if options.muon_learning_rate is None else [n for n in trainable if _is_hidden(n, trainable[n])]
-    )
+    hidden = [] if options.muon_learning_rate == 0 else [n for n in trainable if _is_hidden(n, trainable[n])]
     rest = [p for name, p in trainable.items() if name not in hidden]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if options.muon_learning_rate is None:
+    if options.muon_learning_rate == 0:
         return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas)
     if not hidden:
         raise UserError(

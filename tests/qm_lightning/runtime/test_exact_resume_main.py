@@ -73,10 +73,10 @@ def test_explicit_values_win_over_stored_ones_and_are_printed(
     assert main([*base, *change, "--run_dir", "run", "--ckpt_path", "last"]) == 0
     text = capsys.readouterr().out
     assert "2 settings differ" in text
-    assert "learning_rate: 0.002 -> 0.25" in text
-    assert "new schedule from step 2 on (learning rate 0.002 -> 0.25)" in text
+    assert "learning_rate: 0.004 -> 0.25" in text
+    assert "new schedule from step 2 on (learning rate 0.004 -> 0.25)" in text
     groups = torch.load("run/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
-    assert groups[0]["initial_lr"] == 0.25
+    assert [group["initial_lr"] for group in groups] == [0.005, 0.25, 0.25]  # Muon's, and AdamW's two
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "wandb_home"))
     monkeypatch.chdir(tmp_path)
+    wandb.finish()  # what an earlier test of this process has left open would be gone on with
     return ["--logger.wandb", "true", "--logger.mode", "offline", "--logger.artifacts", "true"]
 
 
