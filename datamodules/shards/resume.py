@@ -110,10 +110,8 @@ def _begin_epoch(trainer: pl.Trainer) -> None:
     begun. A checkpoint out of it would look like one of a finished epoch, and a third life count batches from 0.
     """
     loop = trainer.fit_loop
-    if (
-        loop.restarted_mid_epoch
-        and loop.epoch_progress.current.processed == loop.epoch_progress.current.ready
-    ):
+    epochs: Any = loop.epoch_progress.current
+    if loop.restarted_mid_epoch and epochs.processed == epochs.ready:
         loop.reset_restart_stage()
 
 
