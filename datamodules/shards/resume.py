@@ -110,10 +110,8 @@ def _begin_epoch(trainer: pl.Trainer) -> None:
     begun. A checkpoint out of it would look like one of a finished epoch, and a third life count batches from 0.
     """
     loop = trainer.fit_loop
-    if (
-        loop.restarted_mid_epoch
-        and loop.epoch_progress.current.processed == loop.epoch_progress.current.ready
-    ):
+    epochs: Any = loop.epoch_progress.current
+    if loop.restarted_mid_epoch and epochs.processed == epochs.ready:
         loop.reset_restart_stage()
 
 
@@ -138,8 +136,15 @@ def _recount(trainer: pl.Trainer, loader: TrainLoader) -> None:
         rolled_over = progress.is_last_batch and current.completed < current.processed
         done = int(trainer.num_training_batches) if rolled_over else 0
         progress.is_last_batch = rolled_over
-    shift = done - current.processed
-    if not shift:
+    finished = int(
+        loop.epoch_loop.restarted_on_train_batch_end
+    )  # Lightning adds the batch that was being finished
+    shift = done - current.completed - finished
+    total: Any = progress.total
+    cut = (
+        not finished and total.completed != total.ready
+    )  # saved inside a batch; Lightning mends `current` alone
+    if not shift and not cut:
         return
     if not lightning.__version__.startswith(tuple(f"{v}." for v in TESTED_LIGHTNING)):
         raise DataError(
@@ -147,9 +152,11 @@ def _recount(trainer: pl.Trainer, loader: TrainLoader) -> None:
             f"{', '.join(TESTED_LIGHTNING)}, found {lightning.__version__}: resume with the former numbers "
             "or install a tested version"
         )
-    for counter in (progress.current, progress.total):
-        for name in _COUNTERS:
-            setattr(counter, name, getattr(counter, name) + shift)
+    for name in _COUNTERS:
+        setattr(current, name, getattr(current, name) + shift)
+        setattr(
+            total, name, (total.completed if cut and name != "completed" else getattr(total, name)) + shift
+        )
     if done % trainer.accumulate_grad_batches:
         log.warning(
             "resuming at batch %d, inside a window of %d accumulated batches: the first step sums fewer",

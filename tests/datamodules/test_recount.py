@@ -19,7 +19,7 @@ def case(batches_done: int, processed: int) -> tuple[Any, Any]:
     for counter in (progress.current, progress.total):
         counter.ready = counter.started = counter.processed = counter.completed = processed
     loop = SimpleNamespace(
-        epoch_loop=SimpleNamespace(batch_progress=progress),
+        epoch_loop=SimpleNamespace(batch_progress=progress, restarted_on_train_batch_end=False),
         epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=0)),
     )
     trainer = SimpleNamespace(fit_loop=loop, num_training_batches=13, accumulate_grad_batches=1)
@@ -36,6 +36,25 @@ def test_counters_are_those_of_the_new_numbers() -> None:
     trainer, loader = case(batches_done=6, processed=3)
     _recount(trainer, loader)
     assert counts(trainer) == [6] * 8
+
+
+@pytest.mark.parametrize("moment", ["inside a batch", "at the end of a batch"])
+def test_counters_of_a_checkpoint_between_batches_are_left_alone(moment: str) -> None:
+    """Lightning 2.6 adds the batch that was being finished; one that was not begun to the end it must forget."""
+    trainer, loader = case(batches_done=3, processed=3)
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    if moment == "inside a batch":
+        progress.increment_ready()
+        progress.increment_started()
+        _recount(trainer, loader)
+        assert counts(trainer)[4:] == [3] * 4
+    else:
+        progress.current.completed = progress.total.completed = 2
+        trainer.fit_loop.epoch_loop.restarted_on_train_batch_end = True
+        _recount(trainer, loader)
+        progress.increment_completed()
+    progress.reset_on_restart()  # as Lightning does next
+    assert counts(trainer) == [3] * 8
 
 
 def test_an_untested_lightning_is_refused_when_counters_must_change(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,6 +302,15 @@ def test_a_third_life_after_the_end_of_an_epoch(limit: dict[str, int], root: Pat
     assert results[0]["epoch"] == 2
 
 
+def test_lives_after_a_failure(root: Path, tmp_path: Path) -> None:
+    """The batch that failed is counted by none of them, so the last batch is known as such and its window applied."""
+    run(Stage(fatal=3, how="raise", checkpoint=NOW | {"save_on_exception": True}), root, tmp_path / "a")
+    run(Stage(fatal=2), root, tmp_path / "b", newest(tmp_path / "a"))
+    results = run(Stage(accumulate=5), root, tmp_path / "c", newest(tmp_path / "b"))
+    whole_epochs(ledger_of(results))
+    assert results[0]["batches"] == len(logged(tmp_path / "c", 1)[0]) - 8 == 13
+
+
 @pytest.mark.parametrize(
     "option", [slow({"reload_dataloaders_every_n_epochs": 1}), {"limit_train_batches": 5}], ids=str
 )
