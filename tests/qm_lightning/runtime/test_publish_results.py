@@ -1,38 +1,45 @@
 """`train.py test` shows its table in the run's own W&B page."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import wandb
-from tiny_experiment import tiny_experiment
+from tiny_experiment import ROOT, tiny_experiment
 from wandb_stand_in import history, offline_files, records, run_ids
 
-from qm_lightning.cli import main
 from qm_lightning.runtime.publish_results import evaluation_table
 
+OFFLINE = ["--logger.wandb", "true", "--logger.mode", "offline", "--logger.artifacts", "true"]
 
-@pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Options of a run that W&B keeps on this disk, artifacts included."""
-    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "wandb_home"))
+
+def train_py(folder: Path, words: list[str]) -> str:
+    """What `python train.py WORDS` prints; a process of its own, for W&B keeps settings for the life of one."""
+    home = {
+        name: str(folder / "wandb_home") for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")
+    }
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *words],
+        cwd=folder,
+        env={**os.environ, **home},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_training_and_its_evaluation_share_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    wandb.finish()  # what an earlier test of this process has left open would be gone on with
-    return ["--logger.wandb", "true", "--logger.mode", "offline", "--logger.artifacts", "true"]
-
-
-def test_a_training_and_its_evaluation_share_a_run(
-    offline: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fit = [*tiny_experiment(tmp_path / "work"), "--run_dir", "run", *offline]
-    short = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
-    assert main([*fit, *short]) == 0
-    wandb.finish()  # as the end of the process does
+    fit = [*tiny_experiment(tmp_path / "work"), "--run_dir", "run", *OFFLINE]
+    printed = train_py(tmp_path, [*fit, "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"])
     place = fit.index("--checkpoint_every")
-    assert main(["test", *fit[1:place], *fit[place + 2 :]]) == 0
+    printed += train_py(tmp_path, ["test", *fit[1:place], *fit[place + 2 :]])
     run_id = json.loads(Path("run/run.json").read_text())["run_id"]
-    assert capsys.readouterr().out.count(f"run {run_id}") == 2
+    assert printed.count(f"run {run_id}") == 2
     assert run_ids(Path("run")) == [run_id, run_id]
     training, evaluation = offline_files(Path("run"))
 
