@@ -55,8 +55,9 @@ def start_both(job: Job, words: list[str], **env: str) -> None:
 
 def test_two_launchers_make_one_training(fit: list[str], job: Job, tmp_path: Path) -> None:
     """Two nodes with batch 4 are one process with batch 8: weights to 1e-6, one run, every sample once."""
-    # AdamW alone: Muon's products in bfloat16 make 2e-6 of a sum's last bit (docs/multi_node.md).
-    adamw = ["--model.optimizer.muon_learning_rate", "0"]
+    # AdamW alone, at its default rate. Muon makes 2e-6 of a sum's last bit (docs/multi_node.md), and
+    # AdamW's first steps divide it by gradients that are hardly larger: what differs is in proportion to the rate.
+    adamw = ["--model.optimizer.muon_learning_rate", "0", "--model.optimizer.learning_rate", "0.001"]
     short = [*fit, *adamw, "--trainer.max_steps", "4", "--trainer.limit_val_batches", "1"]
     port, run_dir = free_port(), tmp_path / "two"
     for rank in (0, 1):
