@@ -50,7 +50,7 @@ class WordVectorsModule(FrozenBackboneMixin, SharedStepModule):
 
     def likeness(self, batch: dict[str, Any]) -> Tensor:
         """Cosine of every token with every word, [B,N,V]; -1 for padding."""
-        tokens = self.backbone(batch["inputs"])
+        tokens = self.backbone(batch["inputs"], statistics=False)
         unit = F.normalize(tokens.values.to(self.table.dtype), dim=-1)
         cosine = unit @ F.normalize(self.table, dim=-1).T
         return cosine.masked_fill(~tokens.mask.unsqueeze(-1), -1.0)

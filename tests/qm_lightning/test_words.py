@@ -20,7 +20,7 @@ class Patches(nn.Module):
 
     hidden_size = WIDTH
 
-    def forward(self, inputs: dict[str, torch.Tensor]) -> Tokens:
+    def forward(self, inputs: dict[str, torch.Tensor], statistics: bool = True) -> Tokens:
         values = inputs["pixel_values"]
         mask = torch.ones(values.shape[:2], dtype=torch.bool)
         return Tokens(values, mask, torch.zeros(*mask.shape, 2, dtype=torch.long))
