@@ -33,6 +33,7 @@ from qm_lightning.runtime.option_errors import explain, name_arguments
 from qm_lightning.runtime.publish_results import publish_results
 from qm_lightning.runtime.rank_facts import collect_facts, require_same
 from qm_lightning.runtime.run_directory import Policy, RunDirectory, open_run_directory
+from qm_lightning.runtime.wandb_run import RunLogger
 from qm_lightning.runtime.world import resolve_world
 
 
@@ -163,6 +164,12 @@ class QuickMergeCLI(LightningCLI):
     def _pictures(self) -> list[Callback]:
         merges = isinstance(self.model, QuickMergeModule)
         return [MergePictures(self.run.path / "report" / "examples")] if merges else []
+
+    def after_fit(self) -> None:
+        """End the W&B run of a training that came to its end."""
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.close()
 
     def after_test(self) -> None:
         """Write results.json: quality, cost and configuration of the tested run; show them in its W&B run."""

@@ -41,7 +41,7 @@ def publish_results(run: RunDirectory, name: str, options: TrackingOptions) -> N
     logger = RunLogger.for_run(run.path, run.run_id, name, options, mode)
     logger.open()
     logger.experiment.log({"trainer/global_step": run.step, **logged})
-    logger.experiment.finish()
+    logger.close()
 
 
 def evaluation_table(results: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:

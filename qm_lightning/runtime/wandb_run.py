@@ -105,7 +105,7 @@ class RunLogger(WandbLogger):
         import wandb
 
         return cls(
-            save_dir=run_dir,
+            save_dir=run_dir.resolve(),  # a shared service may stand in another folder
             project=options.project,
             id=run_id,
             name=name,
@@ -132,6 +132,16 @@ class RunLogger(WandbLogger):
             wandb.teardown()
             self._wandb_init["mode"] = "offline"
             _ = self.experiment
+
+    @rank_zero_only
+    def close(self) -> None:
+        """Hand everything over and end the run, so that a next process can go on with it.
+
+        Left to the end of the process, a W&B service that several processes share would still hold the run.
+        """
+        if self._experiment is not None:
+            self._experiment.finish()
+            self._experiment = None
 
     @rank_zero_only
     def start(self, config: Mapping[str, Any], file: Path) -> None:

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import wandb
 from tiny_experiment import ROOT, tiny_experiment
 from wandb_stand_in import history, offline_files, records, run_ids
 
@@ -32,6 +34,18 @@ def train_py(folder: Path, words: list[str]) -> str:
     return done.stdout
 
 
+@pytest.fixture(params=[False, True], ids=["own service", "shared service"])
+def _service(request: pytest.FixtureRequest) -> Iterator[None]:
+    """W&B's helper process: each command's own, or one that all join, as under a parent that uses W&B itself."""
+    wandb.teardown()
+    if request.param:
+        wandb.setup()
+        assert "WANDB_SERVICE" in os.environ
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("_service")
 def test_a_training_and_its_evaluation_share_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fit = [*tiny_experiment(tmp_path / "work"), "--run_dir", "run", *OFFLINE]

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import wandb
 import yaml
 from training_runs import Attempt, run, write_shards
 from wandb_stand_in import StandIn, configuration, history, offline_files, run_ids
@@ -101,9 +102,9 @@ def test_offline_pieces_are_stitched_by_sync(server: StandIn, shards: Path, tmp_
     run(replace(attempt, signal_at=None, ckpt_path="last"), shards, tmp_path / "run", tmp_path / "trace")
     pieces = [str(file.parent) for file in offline_files(tmp_path / "run")]
     assert len(pieces) == 2
-    wandb = Path(sys.executable).with_name("wandb")
+    program = Path(sys.executable).with_name("wandb")
     subprocess.run(
-        [str(wandb), "sync", *pieces], env=os.environ | own_home(tmp_path) | server.environment,
+        [str(program), "sync", *pieces], env=os.environ | own_home(tmp_path) | server.environment,
         check=True, capture_output=True, timeout=120,
     )  # fmt: skip
     (told,) = server.runs.values()
@@ -119,6 +120,7 @@ def test_without_a_key_it_is_offline_and_says_so_in_one_line(
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     mode, reason = wandb_mode()
+    wandb.teardown()  # its helper process would serve every command that later tests start
     assert mode == "offline"
     assert "no W&B key" in reason
     assert wandb_mode("disabled") == ("disabled", "as asked")
