@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from qm_lightning.merging.assemble import prune
@@ -17,4 +18,5 @@ class NoMerge(Merger):
 
     def forward(self, tokens: Tokens) -> MergedTokens:
         """The valid tokens, in order, each ready when it is read."""
-        return prune(tokens, tokens.mask, width(tokens.counts, tokens.mask.shape[1]), whole=False)
+        kept = prune(tokens, tokens.mask, width(tokens.counts, tokens.mask.shape[1]), whole=False)
+        return replace(kept, unmerged=tokens.values)

@@ -109,7 +109,8 @@ def merge_spans(
     last = _compact(ends, index, slots)
     assignment = (ends.long().cumsum(dim=1) - ends.long()).masked_fill(~tokens.mask, -1)
     merged = assemble(tokens, assignment, weights, last, groups, whole=False, losses=losses)
-    return replace(merged, ready=known.gather(1, last).masked_fill(~merged.mask, 0))
+    ready = known.gather(1, last).masked_fill(~merged.mask, 0)
+    return replace(merged, ready=ready, unmerged=tokens.values)
 
 
 def _compact(chosen: Tensor, values: Tensor, slots: int) -> Tensor:
@@ -148,4 +149,5 @@ def select_starts(
     merged = assemble(tokens, assignment, weights, first, groups, whole=False, losses=losses)
     own = torch.ones_like(weights) if tokens.size is None else tokens.size.to(weights.dtype)
     size = own.gather(1, first).masked_fill(~merged.mask, 0.0)
-    return replace(merged, ready=first.masked_fill(~merged.mask, 0), size=size)
+    ready = first.masked_fill(~merged.mask, 0)
+    return replace(merged, ready=ready, size=size, unmerged=tokens.values)

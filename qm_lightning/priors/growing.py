@@ -63,7 +63,7 @@ class GrowingText:
         """Of the token that follows each text, [B,V]."""
         back = torch.arange(self.prior.reach - 1, -1, -1, device=self.ids.device)
         rows = self.lengths[:, None] - back
-        previous = self.ids.gather(1, (rows - 1).clamp(min=0))
+        previous = self.prior.embed(self.merged, self.ids.gather(1, (rows - 1).clamp(min=0)), rows)
         logits = self.prior.predict(self.states, ready_before(self.merged, rows), previous, rows)
         return logits[:, -1]
 

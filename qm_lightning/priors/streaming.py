@@ -1,9 +1,10 @@
 """The prior in streaming mode: the text itself is merged while it is read, and every token is predicted.
 
 A global transformer reads merged tokens; a light local decoder predicts original token t from the tokens
-before t (those of its window) and from the newest merged token that is *ready* before t. Row t reads nothing
-but functions of tokens < t, so the product of the predictions is an exact, normalised likelihood
-(generative.md, section 6, conditions C1 to C8), if the backbone is causal and the merger "streaming".
+before t (those of its window), from what the causal backbone made of them, and from the newest merged token
+that is *ready* before t. Row t reads nothing but functions of tokens < t, so the product of the predictions is
+an exact, normalised likelihood (generative.md, section 6, conditions C1 to C8), if the backbone is causal and
+the merger "streaming".
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ class StreamingPrior(Described, nn.Module):
         local_heads: its attention heads.
         window: tokens that each of its layers sees; at least the merger's longest span, so that the open span
             is always read.
+        read_backbone: the local decoder reads the backbone's state of each token of its window, not only which
+            token it is.
         dropout: of residual branches; call ``eval()`` before generating.
         rope_base: longest wavelength over 2 pi, in positions.
 
@@ -99,6 +102,7 @@ class StreamingPrior(Described, nn.Module):
         local_depth: int = 1,
         local_heads: int = 4,
         window: int = 16,
+        read_backbone: bool = True,
         dropout: float = 0.0,
         rope_base: float = 10_000.0,
     ) -> None:
@@ -110,6 +114,11 @@ class StreamingPrior(Described, nn.Module):
         self.trunk = CausalTransformer(dim, depth, heads, dropout, rope_base)
         self.state_projection = nn.Linear(dim, local_dim, bias=False)
         self.begin = nn.Parameter(torch.randn(local_dim) * 0.5)
+        self.skip = (
+            nn.Sequential(nn.LayerNorm(input_dim), nn.Linear(input_dim, local_dim, bias=False))
+            if read_backbone
+            else None
+        )
         self.embedding = nn.Embedding(vocab_size, local_dim)
         nn.init.normal_(self.embedding.weight, std=0.5)
         self.local = CausalTransformer(local_dim, local_depth, local_heads, dropout, rope_base, window)
@@ -129,7 +138,8 @@ class StreamingPrior(Described, nn.Module):
         """
         states = self.states(*self.read(merged), cache=None)
         rows = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
-        return PriorOutput(self.predict(states, ready_before(merged, rows), targets.roll(1, dims=1), rows))
+        previous = self.embed(merged, targets.roll(1, dims=1), rows)
+        return PriorOutput(self.predict(states, ready_before(merged, rows), previous, rows))
 
     def read(self, merged: MergedTokens) -> tuple[Tensor, Tensor, Tensor]:
         """The global sequence [start ; merged]: [B,1+K,dim], [B,1+K,3], [B,1+K]."""
@@ -156,23 +166,47 @@ class StreamingPrior(Described, nn.Module):
         states: Tensor = self.state_projection(self.trunk(x, positions, bias, cache))
         return states
 
+    def embed(self, merged: MergedTokens, previous: Tensor, rows: Tensor) -> Tensor:
+        """What the local decoder reads of the token before each row: which one it is, and the backbone's state of it.
+
+        Args:
+            merged: of the text, with its ``unmerged`` tokens.
+            previous: [B,R] long, the token before each row; anything where there is none.
+            rows: [B,R] long, index of each row in the text.
+
+        Returns:
+            [B,R,local_dim].
+
+        Raises:
+            UserError: the merger kept no ``unmerged`` tokens.
+        """
+        embedded = self.embedding(previous.clamp(min=0))
+        if self.skip is not None:
+            if merged.unmerged is None:
+                raise UserError(
+                    "the prior reads the backbone's state of each token and the merger kept none; expected "
+                    "MergedTokens.unmerged; set it in the merger, or --model.prior.read_backbone false"
+                )
+            index = (rows - 1).clamp(min=0).unsqueeze(-1).expand(-1, -1, merged.unmerged.shape[-1])
+            embedded = embedded + self.skip(merged.unmerged.gather(1, index).to(embedded.dtype))
+        return torch.where((rows > 0).unsqueeze(-1), embedded, self.begin)
+
     def predict(self, states: Tensor, newest: Tensor, previous: Tensor, rows: Tensor) -> Tensor:
         """Logits of consecutive rows.
 
         Args:
             states: [B,1+K,local_dim].
             newest: [B,R] long, index in ``states`` of the newest state that each row may read.
-            previous: [B,R] long, the token before each row; anything where there is none.
+            previous: [B,R,local_dim], of the token before each row, from ``embed``.
             rows: [B,R] long, index of each row in the text; below 0: no row, and nothing sees it.
 
         Returns:
             [B,R,V]; right where the rows before are given as far as the local decoder sees.
         """
         told = states.gather(1, newest.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
-        read = torch.where((rows > 0).unsqueeze(-1), self.embedding(previous.clamp(min=0)), self.begin)
         positions = rows.unsqueeze(-1).expand(-1, -1, AXES)
         bias = torch.zeros_like(rows, dtype=torch.float32).masked_fill(rows < 0, PADDED)
-        hidden = self.local(read + told, positions, bias)
+        hidden = self.local(previous + told, positions, bias)
         logits: Tensor = self.head(hidden)
         return logits
 
@@ -264,4 +298,6 @@ class StreamingPrior(Described, nn.Module):
         states = merged_tokens + 1
         ends = merged_tokens * self.input_dim * self.trunk.dim + states * self.trunk.dim * self.local.dim
         ends += target_tokens * self.local.dim * self.vocab_size
+        if self.skip is not None:
+            ends += target_tokens * self.input_dim * self.local.dim
         return 2 * ends + self.trunk.flops(states) + self.local.flops(target_tokens)

@@ -19,6 +19,13 @@ VOCAB = 5
 CLOSE = {"rtol": 0.0, "atol": 1e-11}
 
 
+def embedded(model: Model, ids: torch.Tensor) -> torch.Tensor:
+    """What the local decoder reads before each token: the one before it, and the backbone's state of that one."""
+    prior, states = model.prior, model.backbone(ids[:, :-1]).values
+    assert prior.skip is not None
+    return torch.cat([prior.begin.expand(3, 1, -1), prior.embedding(ids[:, :-1]) + prior.skip(states)], dim=1)
+
+
 @torch.no_grad()
 def test_6_without_merging_and_window_it_is_a_plain_autoregressive_model() -> None:
     model = Model("none", VOCAB, window=1)
@@ -30,7 +37,7 @@ def test_6_without_merging_and_window_it_is_a_plain_autoregressive_model() -> No
     )
     place = torch.arange(9)[None, :, None].expand(3, 9, 3)
     hidden = prior.state_projection(prior.trunk(x, place, torch.zeros(3, 9)))
-    read = torch.cat([prior.begin.expand(3, 1, -1), prior.embedding(ids[:, :-1])], dim=1) + hidden
+    read = embedded(model, ids) + hidden
     want = torch.stack(
         [
             prior.head(prior.local(read[:, t : t + 1], place[:, t : t + 1], torch.zeros(3, 1)))[:, 0]
@@ -59,7 +66,7 @@ def test_6_one_open_span_is_the_local_decoder_with_the_start_vector(name: str) -
     start = prior.state_projection(
         prior.trunk(prior.start.expand(3, 1, -1), torch.zeros(3, 1, 3), torch.zeros(3, 1))
     )
-    read = torch.cat([prior.begin.expand(3, 1, -1), prior.embedding(ids[:, :-1])], dim=1) + start
+    read = embedded(model, ids) + start
     full = CausalTransformer(16, 2, 2).double()
     full.load_state_dict(prior.local.state_dict())
     want = prior.head(full(read, torch.arange(9)[None, :, None].expand(3, 9, 3), torch.zeros(3, 9)))
@@ -141,13 +148,15 @@ def test_window_attention_is_a_band(window: int) -> None:
     torch.testing.assert_close(attention.attend(query, key, value), weights @ value, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("read_backbone", [True, False])
 @pytest.mark.parametrize(("K", "T", "window"), [(1, 1, 4), (5, 16, 4), (7, 18, 5)])
-def test_flops_are_those_of_the_counter(K: int, T: int, window: int) -> None:
-    prior = StreamingPrior(12, 7, dim=32, depth=2, heads=2, local_dim=16, local_heads=2, window=window)
-    prior = prior.double().to("meta")
+def test_flops_are_those_of_the_counter(K: int, T: int, window: int, read_backbone: bool) -> None:
+    sizes = {"dim": 32, "depth": 2, "heads": 2, "local_dim": 16, "local_heads": 2, "window": window}
+    prior = StreamingPrior(12, 7, **sizes, read_backbone=read_backbone).double().to("meta")
     merged = make_merged([K])
     parts = (merged.values, merged.mask, merged.size, merged.positions)
     merged = from_parts(*(part.to("meta") for part in parts))
+    merged = replace(merged, unmerged=torch.zeros(1, T, 12, dtype=torch.float64, device="meta"))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         prior(merged, torch.zeros(1, T, dtype=torch.long, device="meta"))
     assert prior.flops(K, T) == counter.get_total_flops()
@@ -188,7 +197,8 @@ def test_gradients_reach_every_parameter() -> None:
 
 def test_size_and_place_of_merged_tokens_are_read() -> None:
     torch.manual_seed(0)
-    prior = StreamingPrior(WIDTH, VOCAB, dim=16, heads=2, local_dim=16, local_heads=2).double()
+    sizes = {"dim": 16, "heads": 2, "local_dim": 16, "local_heads": 2}
+    prior = StreamingPrior(WIDTH, VOCAB, **sizes, read_backbone=False).double()
     merged = replace(make_merged([6], width=WIDTH), ready=torch.arange(6)[None])
     logits = prior(merged, texts(VOCAB, 1, 9)).logits
     assert not torch.allclose(
@@ -197,3 +207,22 @@ def test_size_and_place_of_merged_tokens_are_read() -> None:
     moved = replace(merged, positions=2 * merged.positions)
     assert not torch.allclose(prior(moved, texts(VOCAB, 1, 9)).logits, logits)
     assert key_bias(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)).item() == 0.0
+
+
+@torch.no_grad()
+def test_the_local_decoder_reads_the_backbone_unless_told_not_to() -> None:
+    model, ids = Model("stride", VOCAB), texts(VOCAB, 3, 9)
+    merged = model.encode(ids)
+    assert torch.equal(merged.unmerged, model.backbone(ids).values)
+    other = replace(merged, unmerged=merged.unmerged.roll(1, dims=-1))
+    moved = (model.prior(other, ids).logits - model.prior(merged, ids).logits).abs().amax((0, 2))
+    assert moved[0] == 0.0  # nothing stands before the first token
+    assert (moved[1:] > 1e-6).all()
+    model.prior.skip = None
+    assert torch.equal(model.prior(other, ids).logits, model.prior(merged, ids).logits)
+
+
+def test_a_merger_that_keeps_no_tokens_is_refused() -> None:
+    model, ids = Model("stride", VOCAB), texts(VOCAB, 3, 9)
+    with pytest.raises(UserError, match=r"MergedTokens.unmerged.*read_backbone false"):
+        model.prior(replace(model.encode(ids), unmerged=None), ids)
