@@ -61,7 +61,7 @@ class Records:
 KINDS = (
     Records("text 2 KB", "txt", 16_000, 1000, 2_000, 100_000),
     Records("raw 100 KB", "bin", 2_000, 250, 100_000, 2_500),
-    Records("JPEG to tensors", "jpg", 1_000, 100, 0, 5_000),
+    Records("JPEG to tensors", "jpg", 4_000, 100, 0, 5_000),
 )
 
 
