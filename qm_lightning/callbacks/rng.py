@@ -16,7 +16,9 @@ def stream_seed(*parts: object) -> int:
 
 
 class StatelessRNG(Callback):
-    """Reseeds torch at every batch, so that dropout and noise differ between ranks and repeat after a resume.
+    """Reseeds torch at every batch, on the CPU and on the rank's own device.
+
+    So dropout and noise differ between ranks and repeat after a resume.
 
     Args:
         seed: the run's seed.
@@ -65,4 +67,9 @@ class StatelessRNG(Callback):
         self._reseed(trainer, "predict", dataloader_idx, batch_idx)
 
     def _reseed(self, trainer: Trainer, *where: object) -> None:
-        torch.manual_seed(stream_seed(self.seed, trainer.global_rank, *where))
+        seed = stream_seed(self.seed, trainer.global_rank, *where)
+        # `torch.manual_seed` asks every kind of device that the machine might have, 1 ms a batch.
+        torch.default_generator.manual_seed(seed)
+        device = trainer.strategy.root_device
+        if device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)

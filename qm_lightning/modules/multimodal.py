@@ -200,11 +200,13 @@ class MultimodalModule(QuickMergeModule):
         """Loss of one batch, logged under its modality, the total also under ``train/loss``."""
         tokens, merged, output = self(batch)
         losses = self._losses(tokens, merged, output, batch)
-        size, stage = int(batch["valid"].shape[0]), f"train/{batch['modality']}"
-        self.log_dict({f"{stage}/loss/{name}": x.detach() for name, x in losses.items()}, batch_size=size)
-        self.log("train/loss/total", losses["total"].detach(), batch_size=size)
-        self.log(f"{stage}/tokens/compression", merged.compression.mean(), batch_size=size)
-        self.log(f"{stage}/merged/variance", collapse_variance(merged, batch["valid"]), batch_size=size)
+        if self.logs:
+            size, stage = int(batch["valid"].shape[0]), f"train/{batch['modality']}"
+            named = {f"{stage}/loss/{name}": x.detach() for name, x in losses.items()}
+            self.log_dict(named, batch_size=size)
+            self.log("train/loss/total", losses["total"].detach(), batch_size=size)
+            self.log(f"{stage}/tokens/compression", merged.compression.mean(), batch_size=size)
+            self.log(f"{stage}/merged/variance", collapse_variance(merged, batch["valid"]), batch_size=size)
         return losses["total"]
 
     def _evaluate(self, batch: dict[str, Any], stage: str) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from qm_lightning.backbones import HFBackbone, WordVectors
+from qm_lightning.callbacks.loop_state import logs_now
 from qm_lightning.errors import UserError
 from qm_lightning.losses import alignment_losses, collapse_variance, fidelity_loss, global_mean, target_loss
 from qm_lightning.merging import Merger
@@ -146,11 +147,18 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         """Loss of one batch, with its parts logged."""
         tokens, merged, output = self(batch)
         losses = self._losses(tokens, merged, output, batch)
-        size = int(batch["valid"].shape[0])
-        self.log_dict({f"train/loss/{name}": loss.detach() for name, loss in losses.items()}, batch_size=size)
-        self.log("train/tokens/compression", merged.compression.mean(), prog_bar=True, batch_size=size)
-        self.log("train/merged/variance", collapse_variance(merged, batch["valid"]), batch_size=size)
+        if self.logs:
+            size = int(batch["valid"].shape[0])
+            named = {f"train/loss/{name}": loss.detach() for name, loss in losses.items()}
+            self.log_dict(named, batch_size=size)
+            self.log("train/tokens/compression", merged.compression.mean(), prog_bar=True, batch_size=size)
+            self.log("train/merged/variance", collapse_variance(merged, batch["valid"]), batch_size=size)
         return losses["total"]
+
+    @property
+    def logs(self) -> bool:
+        """Whether the training step's figures go to the loggers; making them at every step costs time."""
+        return self._trainer is not None and logs_now(self._trainer)
 
     def _metrics(self, stage: str) -> QualityMetrics:
         return self.val_metrics if stage == "val" else self.test_metrics
