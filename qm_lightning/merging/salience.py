@@ -18,7 +18,8 @@ class Salience(nn.Module):
     Args:
         weights: of the three features, in every layer; the default is low entropy alone.
         learn: make the weights a parameter that starts there, and add a zero-initialised linear read-out of
-            LayerNorm(values).
+            LayerNorm(values). The sum is scaled to [0,1] within each sample (ours): training would else let it grow
+            until noise, the gate's temperature and the entropy budget, which count on that range, mean nothing.
     """
 
     def __init__(self, weights: tuple[float, float, float] = LOW_ENTROPY, learn: bool = False) -> None:
@@ -48,7 +49,8 @@ class Salience(nn.Module):
             tokens: with attention statistics.
 
         Returns:
-            [B,N] float32 (float64 for float64 statistics), 0 for padding; in [0,1] with the default weights.
+            [B,N] float32 (float64 for float64 statistics), 0 for padding; in [0,1] with the default weights, and
+            where weights are learned.
 
         Raises:
             UserError: no statistics, or parameters that were not built.
@@ -66,7 +68,7 @@ class Salience(nn.Module):
             )
         with torch.autocast(tokens.values.device.type, enabled=False):  # in bfloat16 scores tie
             read: Tensor = self.readout(tokens.values.to(self.weight.dtype)).squeeze(-1)
-        return (self._weighted(stats, tokens.mask, self.weight) + read).masked_fill(~tokens.mask, 0.0)
+        return scaled(self._weighted(stats, tokens.mask, self.weight) + read, tokens.mask)
 
     def _weighted(self, stats: AttentionStats, mask: Tensor, weight: Tensor) -> Tensor:
         """Mean over layers of the weighted sum of scaled features; ``weight`` is [L,3] or [1,3]."""

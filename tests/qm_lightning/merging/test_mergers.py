@@ -13,6 +13,7 @@ from qm_lightning.merging import (
     TopKPrune,
 )
 from qm_lightning.merging.noise import uniform
+from qm_lightning.merging.salience import Salience
 from qm_lightning.tokens import AttentionStats, Tokens
 
 
@@ -70,6 +71,24 @@ def test_learned_salience_gets_gradients() -> None:
     assert merger.salience.weight is not None
     assert merger.salience.weight.grad is not None
     assert merger.salience.weight.grad.abs().sum() > 0
+
+
+def test_learned_salience_keeps_its_range_however_large_the_weights_grow() -> None:
+    tokens = make_tokens()
+    salience = Salience(learn=True)
+    salience.build(8, 2)
+    assert salience.readout is not None
+    torch.nn.init.normal_(salience.readout[1].weight)
+    few = salience(tokens)
+    for parameter in (salience.weight, *salience.readout[1].parameters()):
+        assert parameter is not None
+        parameter.data *= 50.0
+    many = salience(tokens)
+    for row in (few, many):
+        assert torch.equal(row.amax(1), torch.ones(len(row)))
+        assert torch.equal(row.masked_fill(~tokens.mask, 1.0).amin(1), torch.zeros(len(row)))
+        assert (row[~tokens.mask] == 0).all()
+    torch.testing.assert_close(many, few)
 
 
 def test_noise_is_the_samples_own() -> None:
