@@ -18,8 +18,8 @@ class Salience(nn.Module):
     Args:
         weights: of the three features, in every layer; the default is low entropy alone.
         learn: make the weights a parameter that starts there, and add a zero-initialised linear read-out of
-            LayerNorm(values). The sum is scaled to [0,1] within each sample (ours): training would else let it grow
-            until noise, the gate's temperature and the entropy budget, which count on that range, mean nothing.
+            LayerNorm(values). The sum is standardised within each sample and squashed to (0,1) (ours): training would
+            else let it grow until noise, the gate's temperature and the entropy budget mean nothing.
     """
 
     def __init__(self, weights: tuple[float, float, float] = LOW_ENTROPY, learn: bool = False) -> None:
@@ -49,8 +49,8 @@ class Salience(nn.Module):
             tokens: with attention statistics.
 
         Returns:
-            [B,N] float32 (float64 for float64 statistics), 0 for padding; in [0,1] with the default weights, and
-            where weights are learned.
+            [B,N] float32 (float64 for float64 statistics), 0 for padding; in [0,1] with the default weights, in
+            (0,1) where they are learned.
 
         Raises:
             UserError: no statistics, or parameters that were not built.
@@ -68,7 +68,7 @@ class Salience(nn.Module):
             )
         with torch.autocast(tokens.values.device.type, enabled=False):  # in bfloat16 scores tie
             read: Tensor = self.readout(tokens.values.to(self.weight.dtype)).squeeze(-1)
-        return scaled(self._weighted(stats, tokens.mask, self.weight) + read, tokens.mask)
+        return standardised(self._weighted(stats, tokens.mask, self.weight) + read, tokens.mask)
 
     def _weighted(self, stats: AttentionStats, mask: Tensor, weight: Tensor) -> Tensor:
         """Mean over layers of the weighted sum of scaled features; ``weight`` is [L,3] or [1,3]."""
@@ -129,6 +129,22 @@ def scaled(feature: Tensor, mask: Tensor) -> Tensor:
     span = high - low
     result = torch.where(span > 0, (feature - low) / span.clamp(min=torch.finfo(feature.dtype).tiny), 0.0)
     return result.masked_fill(~mask, 0.0)
+
+
+def standardised(scores: Tensor, mask: Tensor) -> Tensor:
+    """``sigmoid((score - mean) / deviation)`` over the valid tokens of each sample; equal scores give 0.5.
+
+    Args:
+        scores: [B,N] float.
+        mask: [B,N] bool.
+
+    Returns:
+        Same shape, in (0,1), 0 for padding.
+    """
+    count = mask.sum(-1, keepdim=True)
+    centred = (scores - scores.masked_fill(~mask, 0.0).sum(-1, keepdim=True) / count).masked_fill(~mask, 0.0)
+    variance = centred.square().sum(-1, keepdim=True) / count
+    return torch.sigmoid(centred * (variance + 1e-6).rsqrt()).masked_fill(~mask, 0.0)
 
 
 def _feature(stats: AttentionStats, column: int) -> Tensor:
