@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 from datamodules.errors import DataError
 
@@ -88,8 +88,9 @@ def decode_field(name: str, data: bytes, limits: Limits | None = None) -> Any:
 def decode_image(data: bytes, limits: Limits | None = None) -> npt.NDArray[np.uint8]:
     """Decode a JPEG, PNG or WebP to 8-bit RGB.
 
-    Grey, palette and CMYK pictures are converted; 16 bits are scaled to 8; transparency is laid on white. A
-    truncated file is an error, and so is an animated one: which frame is meant, nobody said.
+    Grey, palette and CMYK pictures are converted; 16 bits are scaled to 8; transparency is laid on white; a
+    photograph is turned upright, as its EXIF tag says. A truncated file is an error, and so is an animated one: which
+    frame is meant, nobody said.
 
     Args:
         data: the file's contents.
@@ -120,6 +121,7 @@ def decode_image(data: bytes, limits: Limits | None = None) -> npt.NDArray[np.ui
         if picture.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > limits.scans:
             raise DataError(f"a JPEG of {scans} scans, allowed are {limits.scans}")
         picture.load()
+        ImageOps.exif_transpose(picture, in_place=True)
         return np.asarray(_to_rgb(picture))
 
 

@@ -89,6 +89,23 @@ def test_jpeg_modes(mode: str, color: Any) -> None:
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+@pytest.mark.parametrize(("tag", "turned"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_photographs_are_turned_upright(file_format: str, tag: int, turned: int) -> None:
+    stored = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 10
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = tag
+    Image.fromarray(stored).save(out, file_format, exif=exif, lossless=True)
+    assert np.array_equal(decode_image(out.getvalue()), np.rot90(stored, turned))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_broken_orientation_tag_is_no_reason_to_lose_the_picture() -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (3, 2), "red").save(out, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert decode_image(out.getvalue()).shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
 def test_animated_pictures_are_refused(file_format: str) -> None:
     frames = [Image.new("RGB", (3, 3), c) for c in ("red", "blue")]
     out = io.BytesIO()
