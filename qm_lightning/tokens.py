@@ -108,6 +108,8 @@ class MergedTokens:
         losses: scalar losses of the merger itself (a ratio loss, say), by name.
         counts: [B] long, valid input tokens per sample; ``None``: those that were not dropped.
         anchors: [B,K] long in [0,N), index of the anchor, for mergers that have one.
+        end: [B] long, 1 + the largest coordinate of the input: where what follows it stands, whichever tokens were
+            merged; ``None``: that of the merged tokens.
         unmerged: [B,N,D] float, the tokens as the merger found them, for a decoder that predicts each of them;
             streaming mergers give it.
     """
@@ -122,6 +124,7 @@ class MergedTokens:
     losses: dict[str, Tensor] = field(default_factory=dict)
     counts: Tensor | None = None
     anchors: Tensor | None = None
+    end: Tensor | None = None
     unmerged: Tensor | None = None
 
     def unmerge(self) -> Tensor:

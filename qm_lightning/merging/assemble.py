@@ -62,6 +62,7 @@ def assemble(
         losses=losses or {},
         counts=tokens.counts,
         anchors=anchors.masked_fill(~mask, 0),
+        end=tokens.positions.amax(-1).masked_fill(~tokens.mask, -1).amax(1) + 1,
     )
 
 

@@ -39,6 +39,7 @@ def chain(first: MergedTokens, second: MergedTokens) -> MergedTokens:
         losses={**first.losses, **second.losses},
         counts=first.counts,
         anchors=anchors,
+        end=first.end,
     )
 
 

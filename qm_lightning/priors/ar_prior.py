@@ -74,9 +74,10 @@ class ARPrior(Described, nn.Module):
     """A causal transformer over merged tokens and the target tokens that follow them.
 
     Merged tokens keep their own coordinates (three rotary axes, see ``rope``), so one prior takes text,
-    images and video. Target token t sits at ``1 + largest coordinate + t`` on all axes. Attention is
-    proportional: a merged token weighs as many tokens as it stands for. Appending padded merged tokens,
-    padded targets or other samples changes nothing.
+    images and video. Target token t sits at ``1 + largest coordinate + t`` on all axes, the largest of the input,
+    not of its anchors: these differ from sample to sample, and a target would never know how far away row 0 is.
+    Attention is proportional: a merged token weighs as many tokens as it stands for. Appending padded merged
+    tokens, padded targets or other samples changes nothing.
 
     Args:
         input_dim: width of merged tokens.
@@ -145,10 +146,12 @@ class ARPrior(Described, nn.Module):
         weight = self.input_norm.weight
         embeddings = self.input_projection(self.input_norm(merged.values.to(weight.dtype)))
         positions = to_three_axes(merged.positions)
-        furthest = positions.amax(dim=-1).masked_fill(~merged.mask, -1).amax(dim=1)
+        start = merged.end
+        if start is None:
+            start = positions.amax(dim=-1).masked_fill(~merged.mask, -1).amax(dim=1) + 1
         # In fp32 at least: attention splits it for narrow dtypes.
         bias = key_bias(merged.size.to(torch.promote_types(weight.dtype, torch.float32)), merged.mask)
-        return _Context(embeddings, positions, bias, furthest + 1)
+        return _Context(embeddings, positions, bias, start)
 
     def _after(self, context: _Context, embeddings: Tensor, offset: int) -> _Sequence:
         """Place [B,S,dim] embeddings of target tokens behind the context and ``offset`` earlier targets."""

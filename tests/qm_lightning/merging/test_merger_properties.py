@@ -78,7 +78,10 @@ def test_p2_p4_counts_partition_and_mass(case: Case, tokens: Tokens, compression
 @FEW
 @given(tokens=INPUTS, compression=COMPRESSIONS)
 def test_order_anchors_and_ready(case: Case, tokens: Tokens, compression: float) -> None:
+    extent = tokens.positions.masked_fill(~tokens.mask.unsqueeze(-1), -1).flatten(1).amax(1) + 1
     merged = make_case(case, FixedBudget(compression))(tokens)
+    assert merged.end is not None
+    assert torch.equal(merged.end, extent)
     assert merged.anchors is not None
     for b, k in enumerate(merged.mask.sum(1).tolist()):
         anchors = merged.anchors[b, :k]

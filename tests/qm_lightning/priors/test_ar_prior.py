@@ -4,6 +4,7 @@ import pytest
 import torch
 from prior_cases import from_parts, make_merged
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,6 +99,22 @@ def test_size_and_coordinates_are_read(prior: ARPrior) -> None:
     assert not torch.allclose(prior(replace(merged, size=merged.size.flip(1)), targets).logits, logits)
     moved = replace(merged, positions=merged.positions.flip(2))
     assert not torch.allclose(prior(moved, targets).logits, logits)
+
+
+def test_targets_stand_behind_the_input_and_not_behind_the_last_anchor(prior: ARPrior) -> None:
+    merged, targets = make_merged([5, 3], coordinates=2), torch.tensor([[1, 2], [3, 4]])
+    own = merged.positions.amax(-1).masked_fill(~merged.mask, -1).amax(1) + 1
+    logits = prior(merged, targets).logits
+    assert torch.equal(prior(replace(merged, end=own), targets).logits, logits)
+    further = prior(replace(merged, end=own + 3), targets).logits
+    assert not torch.allclose(further, logits)
+    # Places are relative: the same input somewhere else reads alike.
+    moved = replace(merged, positions=merged.positions + 7, end=own + 10)
+    moved = replace(moved, positions=F.pad(moved.positions, (1, 0), value=7))
+    there = replace(merged, positions=F.pad(merged.positions, (1, 0)), end=own + 3)
+    torch.testing.assert_close(
+        prior(moved, targets).logits, prior(there, targets).logits, rtol=0.0, atol=1e-10
+    )
 
 
 def test_alignment_is_computed_only_when_asked(prior: ARPrior) -> None:
