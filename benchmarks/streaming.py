@@ -33,7 +33,7 @@ from qm_lightning.runtime.trained_run import TrainedRun, open_trained_run
 EXPERIMENT = Path(__file__).parents[1] / "configs" / "experiment" / "text_streaming.yaml"
 MERGERS = ["StreamingQuickMerge", "FixedStride", "EntropyThreshold", "LearnedRouter", "DynamicPooling"]
 ALL, ALL_FLOPS, ALL_PRIOR = (f"all tokens, equal {what}" for what in ("steps", "FLOPs", "prior FLOPs"))
-LABELS = [MERGERS[0], ALL, ALL_FLOPS, ALL_PRIOR, *MERGERS[1:]]
+REFERENCES = [ALL, ALL_FLOPS, ALL_PRIOR]
 WINDOW = 256
 PROMPT, NEW_TOKENS = 192, 32
 
@@ -45,9 +45,9 @@ def main() -> None:
     runs: dict[str, list[TrainedRun]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     for seed in range(options.seeds):
-        for label in LABELS:
+        for label in [options.mergers[0], *REFERENCES, *options.mergers[1:]]:
             directory = options.work / f"{label.replace(', ', '-').replace(' ', '_')}-{seed}"
-            steps = steps_of(label, runs, options.steps)
+            steps = steps_of(label, options.mergers[0], runs, options.steps)
             rows.setdefault(label, []).append(trained(label, directory, seed, steps, options))
             runs.setdefault(label, []).append(open_trained_run(directory, "last", options.backbone))
     first = {label: cells[0] for label, cells in runs.items() if label not in (ALL_FLOPS, ALL_PRIOR)}
@@ -70,6 +70,7 @@ def _options() -> argparse.Namespace:
         "--backbone", default="pretrained/text_streaming", help="of backbone_text_streaming.yaml"
     )
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks/streaming"))
+    parser.add_argument("--mergers", nargs="+", choices=MERGERS, default=MERGERS)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--compression", type=float, default=2.37)
@@ -77,11 +78,11 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def steps_of(label: str, runs: dict[str, list[TrainedRun]], steps: int) -> int:
-    """Steps of a training: those of all, or as many as cost the FLOPs of the first merger's."""
+def steps_of(label: str, first: str, runs: dict[str, list[TrainedRun]], steps: int) -> int:
+    """Steps of a training: those of all, or as many as cost the FLOPs of the ``first`` merger's."""
     if label not in (ALL_FLOPS, ALL_PRIOR):
         return steps
-    merged, whole = (step_flops(runs[name][0], label == ALL_FLOPS) for name in (MERGERS[0], ALL))
+    merged, whole = (step_flops(runs[name][0], label == ALL_FLOPS) for name in (first, ALL))
     return max(1, round(steps * merged / whole))
 
 
