@@ -207,7 +207,13 @@ class MultimodalModule(QuickMergeModule):
             self.log("train/loss/total", losses["total"].detach(), batch_size=size)
             self.log(f"{stage}/tokens/compression", merged.compression.mean(), batch_size=size)
             self.log(f"{stage}/merged/variance", collapse_variance(merged, batch["valid"]), batch_size=size)
-        return losses["total"]
+        return losses["total"] + self._idle(batch["modality"])
+
+    def _idle(self, name: str) -> Tensor | float:
+        """0, as a function of the mergers that this batch does not use: DDP waits for a gradient of each parameter."""
+        others: Any = [merger for other, merger in self.merger.items() if other != name]
+        idle = [p.sum() for merger in others for p in merger.parameters() if p.requires_grad]
+        return 0.0 * torch.stack(idle).sum() if idle else 0.0
 
     def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
         tokens, merged, output = self(batch)

@@ -10,7 +10,7 @@ from qm_lightning.backbones import HFBackbone, WordVectors
 from qm_lightning.backbones.small import preprocessing_of, save_backbone, small_vit
 from qm_lightning.backbones.words import save_words
 from qm_lightning.errors import UserError
-from qm_lightning.merging import FixedBudget, TrimTokenator
+from qm_lightning.merging import FixedBudget, QuickMerge, TrimTokenator
 from qm_lightning.modules import MultimodalModule
 from qm_lightning.modules.multimodal import ModalityPath
 from qm_lightning.priors import ARPrior
@@ -61,3 +61,31 @@ def test_a_batch_without_the_question_is_named(module: MultimodalModule) -> None
     silent = {k: v for k, v in batch("asked", 0).items() if k != "context"}
     with pytest.raises(UserError, match=r"model.paths.asked.context is set but the batch has no context"):
         module.merge(silent)
+
+
+def test_every_parameter_gets_a_gradient_whichever_part_a_batch_is_of(tmp_path: Path) -> None:
+    """As DDP asks: a rank that computes no gradient for one would be waited for."""
+    vit = small_vit(width=WIDTH, depth=1, heads=2)
+    save_backbone(vit, tmp_path / "vit", preprocessing_of(vit))
+    paths = {
+        name: ModalityPath(HFBackbone(str(tmp_path / "vit"), layers=1), QuickMerge(learn_weights=True))
+        for name in ("one", "other")
+    }
+    module = MultimodalModule(
+        paths, lambda width, words: ARPrior(width, words, dim=16, depth=1, heads=2), vocab_size=11, eos_id=10
+    )
+    ones = {
+        "targets": torch.ones(PICTURES, 2, dtype=torch.long),
+        "valid": torch.ones(PICTURES, dtype=torch.bool),
+    }
+    for name, idle in (("one", "other"), ("other", "one")):
+        module.zero_grad()
+        module.training_step({**batch(name, 0), **ones}, 0).backward()
+        trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        assert [n for n, p in trained if p.grad is None] == []
+        moved = {
+            part: sum(float(p.grad.abs().sum()) for n, p in trained if n.startswith(f"merger.{part}."))
+            for part in paths
+        }  # type: ignore[union-attr]
+        assert moved[name] > 0.0
+        assert moved[idle] == 0.0
