@@ -24,6 +24,9 @@ class EntropyBudget(Budget):
         ceiling: largest K, as a share of N_valid / compression.
         gain: strength of the controller's correction per training step.
         momentum: of its running means of N_valid and K.
+        strength: how far K follows the entropy, in [0,1]: ``K = (N_valid / compression)^(1 - strength) * (rho *
+            N_eff)^strength`` (ours). 1 is the specified rule; 0 a fixed budget. Where tokens suffice, handing rich
+            inputs still more of them helps little and leaves the others short.
     """
 
     rho: Tensor
@@ -37,13 +40,16 @@ class EntropyBudget(Budget):
         ceiling: float = 2.0,
         gain: float = 0.1,
         momentum: float = 0.9,
+        strength: float = 1.0,
     ) -> None:
         super().__init__()
         self.compression = checked_compression(compression)
         if not 0.0 < floor <= 1.0 <= ceiling:
             raise UserError(f"floor={floor}, ceiling={ceiling}: expected 0 < floor <= 1 <= ceiling")
+        if not 0.0 <= strength <= 1.0:
+            raise UserError(f"EntropyBudget(strength={strength}): expected a share in [0, 1]")
         self.temperature, self.floor, self.ceiling = temperature, floor, ceiling
-        self.gain, self.momentum = gain, momentum
+        self.gain, self.momentum, self.strength = gain, momentum, strength
         self.register_buffer("rho", torch.tensor(1.0 / self.compression, dtype=torch.float64))
         self.register_buffer("averages", torch.zeros(2, dtype=torch.float64))
 
@@ -59,9 +65,10 @@ class EntropyBudget(Budget):
         if self.compression == 1.0:
             return valid
         target = valid.double() / self.compression
-        counts = (self.rho * self.effective_tokens(salience, mask)).clamp(
-            self.floor * target, self.ceiling * target
-        )
+        wanted = self.rho * self.effective_tokens(salience, mask)
+        if self.strength < 1.0:
+            wanted = target * (wanted / target) ** self.strength
+        counts = wanted.clamp(self.floor * target, self.ceiling * target)
         counts = counts.round().long().clamp(min=1).minimum(valid)
         if self.training:
             self._control(valid, counts)

@@ -40,8 +40,9 @@ def test_effective_tokens() -> None:
     assert budget.effective_tokens(spike, mask).item() == pytest.approx(1, abs=1e-6)
 
 
-def test_controller_meets_the_target() -> None:
-    budget = EntropyBudget(4.0).train()
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.1])
+def test_controller_meets_the_target(strength: float) -> None:
+    budget = EntropyBudget(4.0, strength=strength).train()
     random = torch.Generator().manual_seed(0)
     mask = torch.ones(32, 64, dtype=torch.bool)
     kept = []
@@ -53,6 +54,26 @@ def test_controller_meets_the_target() -> None:
         if step >= 200:
             kept.append(counts.double().mean().item())
     assert 64 / (sum(kept) / len(kept)) == pytest.approx(4.0, rel=0.02)
+
+
+def test_strength_lies_between_a_fixed_budget_and_the_specified_one() -> None:
+    salience = make_tokens(tokens=64).values[..., 0].float()
+    mask = torch.ones(3, 64, dtype=torch.bool)
+    fixed, full = FixedBudget(4.0)(salience, mask), EntropyBudget(4.0).eval()(salience, mask)
+    assert torch.equal(EntropyBudget(4.0, strength=0.0).eval()(salience, mask), fixed)
+    half = EntropyBudget(4.0, strength=0.5).eval()(salience, mask)
+    assert (fixed != full).any()
+    assert ((half - fixed) * (full - half) >= 0).all()
+    # By hand: 16 tokens are the target, rho is 1/4, and 64 equal tokens count as 64.
+    equal = torch.zeros(1, 64)
+    assert EntropyBudget(4.0, strength=0.5).eval()(equal, mask[:1]).item() == 16
+    four = torch.where(torch.arange(64) < 4, 9.0, 0.0)[
+        None
+    ]  # N_eff = 4: (16 * 1)^(1/2) = 4, but 8 is the floor
+    assert EntropyBudget(4.0, strength=0.5).eval()(four, mask[:1]).item() == 8
+    assert EntropyBudget(4.0, strength=0.5, floor=0.1).eval()(four, mask[:1]).item() == 4
+    with pytest.raises(UserError, match=r"EntropyBudget\(strength=2"):
+        EntropyBudget(strength=2.0)
 
 
 def test_mass_budget() -> None:
