@@ -48,6 +48,7 @@ def write_results(
     trainer: Trainer,
     module: QuickMergeModule,
     datamodule: Any,
+    steps: int,
 ) -> None:
     """Write results.json from the metrics of ``trainer.test`` and a cost measurement on its first batch.
 
@@ -59,6 +60,7 @@ def write_results(
         trainer: the trainer after ``test``.
         module: the tested module.
         datamodule: its data.
+        steps: optimizer steps that the run was trained for.
     """
     metrics = {
         k.removeprefix("test/"): float(v)
@@ -70,17 +72,17 @@ def write_results(
     arguments = config["model"]["init_args"]
     if not isinstance(module, MultimodalModule):
         facts = {"experiment": config["name"], "modality": datamodule.modality}
-        facts |= _facts(arguments["merger"], config, metrics)
+        facts |= _facts(arguments["merger"], config["seed_everything"], steps, metrics)
         _write(run_dir, facts, module, module.device, trainer.test_dataloaders)
         return
     for name, loader in zip(datamodule.parts, trainer.test_dataloaders or [], strict=True):
         own = {k.removeprefix(f"{name}/"): v for k, v in metrics.items() if k.startswith(f"{name}/")}
         facts = {"experiment": f"{config['name']}-{name}", "modality": datamodule.parts[name].modality}
-        facts |= _facts(arguments["paths"][name]["merger"], config, own)
+        facts |= _facts(arguments["paths"][name]["merger"], config["seed_everything"], steps, own)
         _write(run_dir / name, facts, module.view(name), module.device, loader)
 
 
-def _facts(merger: Any, config: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
+def _facts(merger: Any, seed: int, steps: int, metrics: dict[str, float]) -> dict[str, Any]:
     """What results.json says of a merger and its run."""
     arguments = dict(merger.get("init_args") or {}) if isinstance(merger, dict) else {}
     budget = arguments.get("budget")
@@ -89,8 +91,8 @@ def _facts(merger: Any, config: dict[str, Any], metrics: dict[str, float]) -> di
         "merger_args": arguments,
         "budget": None if budget is None else _class_name(budget),
         "compression_target": (budget or {}).get("init_args", {}).get("compression"),
-        "seed": config["seed_everything"],
-        "steps": config["trainer"]["max_steps"],
+        "seed": seed,
+        "steps": steps,
         "split": "test",
         "metrics": metrics,
     }

@@ -73,6 +73,7 @@ def test_the_main_job(shards: Path, backbone: Path, tmp_path: Path, monkeypatch:
 
     assert main(["test", *base]) == 0
     results = json.loads((run / "results.json").read_text())
+    assert results["steps"] == 6  # those of the training, whatever the command that tests would train for
     assert results["merger"] == "QuickMerge"
     assert 0 < results["metrics"]["quality/nats"] < 10
     assert 1 < results["metrics"]["tokens/compression"] < 64

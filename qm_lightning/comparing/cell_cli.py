@@ -22,6 +22,7 @@ class CellCLI(QuickMergeCLI):
 
     def after_fit(self) -> None:
         """Test the last weights, which are those of ``last.ckpt``, and write results.json."""
+        super().after_fit()
         self.trainer.loggers = []  # metrics.csv is the training's
         self.trainer.test(self.model, datamodule=self.datamodule)
         self.after_test()
