@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning
 import torch
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qm_lightning import __version__
@@ -36,11 +35,10 @@ class RunRecord(Callback):
         if not trainer.is_global_zero:
             return
         if self._record is None:
-            file = self.run.path / "config.yaml"
             self._record = {
                 "format": FORMAT,
                 "run_id": self.run.run_id,
-                "config": yaml.safe_load(file.read_text()) if file.is_file() else {},
+                "config": self.run.written_config(),
                 "versions": {
                     "qm_lightning": __version__,
                     "python": platform.python_version(),

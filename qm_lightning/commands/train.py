@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -176,9 +175,7 @@ class QuickMergeCLI(LightningCLI):
         """Write results.json: quality, cost and configuration of the tested run; show them in its W&B run."""
         if isinstance(self.model, QuickMergeModule):
             # The command that tests need not say how long was trained.
-            file = self.run.path / "config.yaml"
-            trained = yaml.safe_load(file.read_text()) if file.is_file() else self.config_dump
-            steps = trained["trainer"]["max_steps"]
+            steps = (self.run.written_config() or self.config_dump)["trainer"]["max_steps"]
             write_results(self.run.path, self.config_dump, self.trainer, self.model, self.datamodule, steps)
             config = self.config[self.subcommand]
             if self.trainer.is_global_zero:

@@ -69,6 +69,11 @@ class RunDirectory:
         with _writable(self.path):
             write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
+    def written_config(self) -> dict[str, Any]:
+        """What the last training kept by ``write_config``; empty if none did."""
+        file = self.path / "config.yaml"
+        return yaml.safe_load(file.read_text()) if file.is_file() else {}
+
 
 def write_text(path: Path, text: str) -> None:
     """Write beside the target, then rename: a reader sees the old or the new file, never half of one."""
