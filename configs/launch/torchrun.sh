@@ -31,9 +31,10 @@ is_host=0
 case "$HEAD" in "$(hostname)" | "$(hostname -s)" | "$(hostname -f)" | 127.0.0.1 | localhost) is_host=1 ;; esac
 
 # `--` keeps torchrun from taking our options for its own. Workers have 60 s to save after a SIGTERM.
-torchrun=.venv/bin/torchrun
-[ -x "$torchrun" ] || torchrun=torchrun
-exec "${TORCHRUN:-$torchrun}" \
+# The launcher is torchrun itself; what it adds is that a node which lost its head ends within the timeout.
+python=.venv/bin/python
+[ -x "$python" ] || python=python
+exec "${PYTHON:-$python}" -m qm_lightning.runtime.launcher \
   --nnodes="$NNODES" --nproc-per-node="$GPUS" --max-restarts="$RESTARTS" --monitor-interval=1 \
   --rdzv-backend=c10d --rdzv-id="$JOB" --rdzv-endpoint="$HEAD:$PORT" --rdzv-conf="is_host=${IS_HOST:-$is_host}${RDZV_CONF:+,$RDZV_CONF}" \
   --shutdown-timeout=60 \

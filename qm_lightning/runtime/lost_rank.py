@@ -7,7 +7,7 @@ import socket
 
 import torch.distributed as dist
 
-from qm_lightning.runtime.strategy import TIMEOUT_VARIABLE, collective_timeout
+from qm_lightning.runtime.collective_timeout import TIMEOUT_VARIABLE, collective_timeout
 from qm_lightning.runtime.world import resolve_world
 
 EXIT_CODE = 1  # not the user's mistake (2), not a pre-emption (75): launchers restart it

@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from qm_lightning.errors import UserError
-from qm_lightning.runtime.strategy import backend_of, cluster_environment, collective_timeout
+from qm_lightning.runtime.collective_timeout import collective_timeout
+from qm_lightning.runtime.strategy import backend_of, cluster_environment
 from qm_lightning.runtime.world import World
 
 T = TypeVar("T")

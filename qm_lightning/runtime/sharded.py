@@ -20,7 +20,7 @@ from torch.utils import _pytree
 
 from qm_lightning.priors import PriorOutput
 from qm_lightning.runtime.checkpoint_io import read_checkpoint
-from qm_lightning.runtime.strategy import collective_timeout
+from qm_lightning.runtime.collective_timeout import collective_timeout
 from qm_lightning.tokens import MergedTokens
 
 

@@ -69,7 +69,7 @@ class Job:
         """Start a launcher."""
         log = self.folder / f"node{len(self.nodes)}.txt"
         out: IO[bytes] = log.open("wb")
-        usual = {"OMP_NUM_THREADS": "1", "QM_LIGHTNING_TIMEOUT_S": "300", "TORCHRUN": str(TORCHRUN)}
+        usual = {"OMP_NUM_THREADS": "1", "QM_LIGHTNING_TIMEOUT_S": "300", "PYTHON": sys.executable}
         with out:
             process = subprocess.Popen(
                 command, cwd=self.folder, env=os.environ | usual | env, stdout=out, stderr=subprocess.STDOUT

@@ -53,12 +53,12 @@ def test_trainer_files_leave_the_sizes_to_the_launcher(name: str, strategy: str)
 
 
 def arguments_of_torchrun(tmp_path: Path, *words: str, **env: str) -> list[str]:
-    fake = tmp_path / "torchrun"
+    fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" "$@"\n')
     fake.chmod(0o755)
     done = subprocess.run(
         [str(ROOT / "configs/launch/torchrun.sh"), *words],
-        env={"PATH": os.environ["PATH"], "TORCHRUN": str(fake)} | env,
+        env={"PATH": os.environ["PATH"], "PYTHON": str(fake)} | env,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return done.stdout.splitlines()
@@ -67,6 +67,7 @@ def arguments_of_torchrun(tmp_path: Path, *words: str, **env: str) -> list[str]:
 def test_torchrun_on_one_machine(tmp_path: Path) -> None:
     store, *rest = arguments_of_torchrun(tmp_path, "fit", "--config", "a b.yaml", GPUS="4", JOB="j")
     assert store == "1"  # without it restarts hang
+    assert rest[:2] == ["-m", "qm_lightning.runtime.launcher"]
     assert {"--nnodes=1", "--nproc-per-node=4", "--rdzv-id=j", "--rdzv-endpoint=127.0.0.1:0"} <= set(rest)
     assert rest[rest.index("--") + 1].endswith("train.py")
     assert rest[-3:] == ["fit", "--config", "a b.yaml"]

@@ -135,7 +135,6 @@ def test_a_pulled_cable_ends_both_machines_within_the_timeout(
         command = machines.on(node, shipped([*fit, *ENDLESS, "--run_dir", str(run_dir)]))
         job.start(
             command, NNODES="2", HEAD="node0", JOB="j", RESTARTS="0", QM_LIGHTNING_TIMEOUT_S="20",
-            RDZV_CONF="read_timeout=20",
         )  # fmt: skip
     job.await_that(lambda: newest_step(run_dir) >= 3)
     machines.pull_the_cable()

@@ -37,12 +37,12 @@ from datamodules.shards.manifest import Manifest
 from qm_lightning.errors import UserError
 from qm_lightning.modules.muon import MuonWithAdamW
 from qm_lightning.runtime.assemble import always_on_callbacks, trainer_arguments
+from qm_lightning.runtime.collective_timeout import TIMEOUT_VARIABLE
 from qm_lightning.runtime.frozen import FrozenBackboneMixin
 from qm_lightning.runtime.loggers import TrackingOptions, make_loggers
 from qm_lightning.runtime.rank_facts import collect_facts, require_same
 from qm_lightning.runtime.run_directory import open_run_directory
 from qm_lightning.runtime.sharded import shard_trainable
-from qm_lightning.runtime.strategy import TIMEOUT_VARIABLE
 from qm_lightning.runtime.world import resolve_world
 
 SAMPLES, WIDTH = 40, 8
