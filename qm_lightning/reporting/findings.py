@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qm_lightning.reporting.columns import count, nats
+from qm_lightning.reporting.gaps import CLEAR, gap_between
 from qm_lightning.reporting.rows import KEPT, QUALITY, Row, at_target, pareto_front, put_together, targets
 from qm_lightning.reporting.runs import Run
 
-CLEAR = 2.0  # standard errors of the difference from which a gap is called clear
 OFF_TARGET = 0.05  # relative distance from the asked compression that is pointed out
 OURS = "QuickMerge"
 
@@ -91,31 +91,13 @@ def _short(target: float | None) -> str:
     return "unknown" if target is None else f"{target:g}x"
 
 
-def _decided(best: Row, other: Row) -> bool | None:
-    """Whether the gap of two rows is clear; ``None``: one seed, not known."""
-    if min(len(best.seen(QUALITY)), len(other.seen(QUALITY))) < 2:
-        return None
-    error = math.sqrt(sum(row.spread(QUALITY) ** 2 / len(row.seen(QUALITY)) for row in (best, other)))
-    return other.mean(QUALITY) - best.mean(QUALITY) > CLEAR * error
-
-
 def _mark(best: Row, other: Row) -> str:
-    return "*" if _decided(best, other) is False else ""
+    return "*" if gap_between(best, other).decided is False else ""
 
 
 def _footnote(blocks: Sequence[tuple[float | None, list[Row]]]) -> str:
-    close = any(_decided(block[0], row) is False for _, block in blocks for row in block[1:2])
-    return f". (* within {CLEAR:g} standard errors of the seeds: not decided.)" if close else "."
-
-
-def _gap(best: Row, other: Row) -> str:
-    """The distance of two rows, and whether seeds alone may explain it."""
-    gap, decided = nats(other.mean(QUALITY) - best.mean(QUALITY)), _decided(best, other)
-    if decided is None:
-        return f"a gap of {gap}, on one seed: chance is not ruled out"
-    if decided:
-        return f"a clear gap of {gap}, more than {CLEAR:g} standard errors"
-    return f"a gap of {gap}, within {CLEAR:g} standard errors: not decided"
+    close = any(gap_between(block[0], row).decided is False for _, block in blocks for row in block[1:2])
+    return f". (* less than {CLEAR:g} standard errors over the seeds: not decided.)" if close else "."
 
 
 def _block(target: float | None, block: list[Row]) -> str:
@@ -125,11 +107,11 @@ def _block(target: float | None, block: list[Row]) -> str:
     text += f"on {count(best.mean(KEPT))} tokens"
     if len(block) == 1:
         return text + "; nothing to compare with."
-    text += f"; next is {block[1].method} with {_figure(block[1])} ({_gap(best, block[1])})"
+    text += f"; next is {block[1].method} with {_figure(block[1])} ({gap_between(best, block[1]).text})"
     name = focus(block)
     if name is not None and name not in (best.method, block[1].method):
         place, own = next((i, row) for i, row in enumerate(block) if row.method == name)
-        text += f"; {name} is number {place + 1} of {len(block)} with {_figure(own)} ({_gap(best, own)})"
+        text += f"; {name} is number {place + 1} of {len(block)} with {_figure(own)} ({gap_between(best, own).text})"
     exact = [row for row in block if row.seen("quality/exact")]
     if exact:
         top = max(exact, key=lambda row: row.mean("quality/exact"))

@@ -48,17 +48,36 @@ def test_losing_everywhere_is_said_plainly() -> None:
 
 
 def test_a_gap_within_the_spread_is_not_called_a_win() -> None:
-    """Means 0.100 and 0.102, deviations 0.01: their difference has a standard error of 0.0082."""
-    found = find(runs("QuickMerge", 4.0, (0.09, 0.1, 0.11)) + runs("ToMe", 4.0, (0.092, 0.102, 0.112)))
+    """Differences of 0.002, -0.008 and 0.012: mean 0.002, deviation 0.01, standard error 0.0058."""
+    found = find(runs("QuickMerge", 4.0, (0.09, 0.1, 0.11)) + runs("ToMe", 4.0, (0.092, 0.092, 0.122)))
     assert "(4x*)" in found.headline
     assert "not decided" in found.headline
-    assert "a gap of 0.002, within 2 standard errors: not decided" in found.details[0]
+    assert (
+        "a gap of 0.002 \u00b1 0.006 within 3 seeds, less than 2 standard errors: not decided"
+        in found.details[0]
+    )
 
 
 def test_a_clear_gap_is_called_clear() -> None:
     found = find(runs("QuickMerge", 4.0, (0.09, 0.1, 0.11)) + runs("ToMe", 4.0, (0.19, 0.2, 0.21)))
     assert "*" not in found.headline
     assert "a clear gap of 0.100" in found.details[0]
+
+
+def test_what_a_seed_moves_for_all_methods_does_not_hide_a_gap() -> None:
+    """Deviations of 0.1, yet on each seed ToMe is 0.01 or 0.012 behind: 0.011, standard error 0.001."""
+    found = find(runs("QuickMerge", 4.0, (0.1, 0.3)) + runs("ToMe", 4.0, (0.11, 0.312)))
+    assert "a clear gap of 0.011 \u00b1 0.001 within 2 seeds" in found.details[0]
+
+
+def test_rows_of_other_seeds_are_compared_by_their_means() -> None:
+    """Means 0.1 and 0.102, deviations 0.01, no seed in common: a standard error of 0.0082."""
+    ours = runs("QuickMerge", 4.0, (0.09, 0.1, 0.11))
+    theirs = [run("ToMe", 4.0, 10 + i, loss) for i, loss in enumerate((0.092, 0.102, 0.112))]
+    assert (
+        "a gap of 0.002 \u00b1 0.008, less than 2 standard errors: not decided"
+        in find(ours + theirs).details[0]
+    )
 
 
 def test_one_seed_does_not_rule_out_chance() -> None:
@@ -136,6 +155,9 @@ def test_unequal_work_is_a_caveat(key: str, words: str) -> None:
 def test_unequal_seeds_are_a_caveat() -> None:
     found = find(runs("QuickMerge", 4.0, (0.1, 0.1, 0.1)) + runs("ToMe", 4.0, (0.2,)))
     assert "The number of seeds differs between rows, from 1 to 3." in found.caveats
+    # Of three and two seeds, two are common: differences of 0.11 and 0.12, whatever the third one had.
+    uneven = find(runs("QuickMerge", 4.0, (0.1, 0.2, 0.3)) + runs("ToMe", 4.0, (0.21, 0.32)))
+    assert "a clear gap of 0.115 \u00b1 0.005 within 2 seeds" in uneven.details[0]
 
 
 def test_without_our_method_the_leaders_are_listed() -> None:
