@@ -118,6 +118,12 @@ class ArrayClip:
         return chosen if chosen.ndim == 4 else np.repeat(chosen[..., None], 3, axis=-1)
 
 
+def _upright(frame: av.VideoFrame) -> NDArray[np.uint8]:
+    """The frame as a player shows it: phones film lying down, and note by how many degrees to turn it to the left."""
+    pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+
+
 class VideoFile:
     """Frames of an MP4 or the like, decoded by PyAV up to the last one asked for.
 
@@ -154,7 +160,7 @@ class VideoFile:
             with self._open() as container:
                 for i, frame in enumerate(container.decode(self._stream(container))):
                     if i in wanted:
-                        found[i] = frame.to_ndarray(format="rgb24")
+                        found[i] = _upright(frame)
                     if i >= last:
                         break
         except av.error.FFmpegError as error:

@@ -1,6 +1,7 @@
 """Clips, whichever way they are stored."""
 
 import io
+import struct
 import sys
 
 import numpy as np
@@ -54,6 +55,26 @@ def test_a_video_file() -> None:
     read = clip.read([0, 2, 5])
     assert read.shape == (3, 16, 16, 3)
     np.testing.assert_allclose(read.mean(axis=(1, 2, 3)), [0, 60, 150], atol=6)  # the codec loses a little
+
+
+def test_a_film_of_a_phone_held_upright_is_turned() -> None:
+    """The matrix in the track's header says: a quarter to the right, so that left becomes top."""
+    lying = frames(2, 32)
+    lying[:, :, :16] = 250
+    as_shot = film(lying[:, :16])  # 16 rows, 32 columns
+
+    def matrix(*corner: int) -> bytes:
+        a, b, c, d = (value << 16 for value in corner)
+        return struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+
+    head, tail = as_shot.split(b"tkhd", 1)
+    assert matrix(1, 0, 0, 1) in tail
+    turned = head + b"tkhd" + tail.replace(matrix(1, 0, 0, 1), matrix(0, 1, -1, 0), 1)
+    assert open_clip({"mp4": as_shot}).read([1]).shape == (1, 16, 32, 3)
+    read = open_clip({"mp4": turned}).read([1])
+    assert read.shape == (1, 32, 16, 3)
+    assert read[0, :12].mean() > 230
+    assert read[0, 20:].mean() < 60
 
 
 def test_a_cut_video_file_is_refused() -> None:
