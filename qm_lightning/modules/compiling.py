@@ -63,16 +63,19 @@ def call_in_buckets(
 
 
 def in_buckets(merged: MergedTokens, multiple: int) -> MergedTokens:
-    """Pad merged tokens to a multiple, which changes nothing for the real ones.
+    """Pad merged tokens, and those they were made of, to a multiple, which changes nothing for the real ones.
 
     Args:
-        merged: K of them.
+        merged: K of them, of N tokens.
         multiple: of the number of slots wanted.
 
     Returns:
-        The same, with K rounded up.
+        The same, with K rounded up, and N where ``unmerged`` tokens are there.
     """
     more = -merged.mask.shape[1] % multiple
+    tokens = merged.unmerged
+    if tokens is not None and (behind := -tokens.shape[1] % multiple):
+        merged = replace(merged, unmerged=F.pad(tokens, (0, 0, 0, behind)))
     if not more:
         return merged
     return replace(

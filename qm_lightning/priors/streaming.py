@@ -187,8 +187,10 @@ class StreamingPrior(Described, nn.Module):
                     "the prior reads the backbone's state of each token and the merger kept none; expected "
                     "MergedTokens.unmerged; set it in the merger, or --model.prior.read_backbone false"
                 )
-            index = (rows - 1).clamp(min=0).unsqueeze(-1).expand(-1, -1, merged.unmerged.shape[-1])
-            embedded = embedded + self.skip(merged.unmerged.gather(1, index).to(embedded.dtype))
+            # Rows of padded targets may lie behind the text; they read its last state, and nothing reads them.
+            index = (rows - 1).clamp(0, merged.unmerged.shape[1] - 1).unsqueeze(-1)
+            before = merged.unmerged.gather(1, index.expand(-1, -1, merged.unmerged.shape[-1]))
+            embedded = embedded + self.skip(before.to(embedded.dtype))
         return torch.where((rows > 0).unsqueeze(-1), embedded, self.begin)
 
     def predict(self, states: Tensor, newest: Tensor, previous: Tensor, rows: Tensor) -> Tensor:

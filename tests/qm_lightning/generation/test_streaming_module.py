@@ -13,7 +13,7 @@ from qm_lightning.cli import main
 from qm_lightning.errors import UserError
 from qm_lightning.merging import FixedBudget, FixedStride
 from qm_lightning.modules import StreamingModule
-from qm_lightning.modules.compiling import CompileOptions, in_buckets
+from qm_lightning.modules.compiling import CompileOptions, call_in_buckets, in_buckets
 from qm_lightning.priors import StreamingPrior
 
 
@@ -87,6 +87,15 @@ def test_the_likelihood_of_a_prefix_does_not_depend_on_what_follows(module: Stre
     whole = module.eval()(batch_of(text))[2].logits
     for cut in (1, 5, 12):
         torch.testing.assert_close(module(batch_of(text[:cut]))[2].logits, whole[:, :cut], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [7, 16, 20])
+def test_targets_in_buckets_change_nothing(length: int, module: StreamingModule) -> None:
+    """Rows of padding may lie far behind the text."""
+    batch = batch_of(b"import os\nimport sys\n"[:length])
+    _, merged, output = module.eval()(batch)
+    _, padded = call_in_buckets(module.prior, merged, batch["targets"], CompileOptions(prior=True))
+    torch.testing.assert_close(padded.logits, output.logits, rtol=0, atol=1e-5)
 
 
 def test_buckets_change_nothing(module: StreamingModule) -> None:
