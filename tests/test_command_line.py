@@ -84,7 +84,13 @@ def test_the_main_job(shards: Path, backbone: Path, tmp_path: Path, monkeypatch:
     assert [json.loads(line)["position"] for line in lines] == list(range(10))
 
 
-@pytest.mark.parametrize("merger", ["ToMe", "UniformPool", "RandomPrune", "TopKPrune", "NoMerge"])
+RIVALS = (
+    "ToMe", "UniformPool", "RandomPrune", "TopKPrune", "NoMerge", "ToFu", "PiToMe", "SCOPE", "TrimTokenator",
+    "DynamicViT", "EViT",  # EViT: the backbone records what it reads, with no option for it
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("merger", RIVALS)
 def test_rivals_by_one_flag(
     merger: str, shards: Path, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

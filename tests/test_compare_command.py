@@ -100,7 +100,6 @@ def shell_words(command: str) -> list[str]:
 @pytest.mark.parametrize(
     ("mergers", "further", "message"),
     [
-        ("ToMe,EViT", [], "'EViT' at 2.37x: EViT goes by the attention that each token receives"),
         ("ToMe", ["--compressions", "2,100"], "'ToMe' at 100x: compression=100 was asked of samples of 64"),
         ("ToMe", ["--model.backbone.name_or_path", "nowhere/at/all"], "does not exist"),
         ("InBackbone(merger=NoMerge)", [], "expected a merger with a budget"),

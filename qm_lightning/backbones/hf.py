@@ -36,7 +36,7 @@ class HFBackbone(nn.Module):
     Args:
         name_or_path: folder written by ``save_pretrained``, or a model's name in the Hugging Face cache.
         layers: layers to take statistics from: that many, spread evenly, or indices.
-        received: also compute received attention (not causal).
+        received: compute received attention (not causal) for every merger; one that goes by it turns this on.
         special_tokens: class, distillation and register tokens that the model adds to a picture: ``drop``
             them, or keep and ``protect`` them, placed in the middle of the grid. Text: every token is kept;
             ``protect`` protects those that begin and end a text.

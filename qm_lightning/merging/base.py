@@ -42,23 +42,17 @@ class Merger(Described, nn.Module, ABC):
 
     @property
     def reads_received(self) -> bool:
-        """Whether it needs the attention that each token receives, which a backbone gives on request."""
+        """Whether it needs the attention that each token receives, which a backbone records on request."""
         return False
 
     def prepare(self, backbone: Any) -> None:
-        """Make parameters for a backbone, once; before the optimiser exists.
+        """Make parameters for a backbone, once, before the optimiser exists; and have it record what is read.
 
         Args:
             backbone: an ``HFBackbone``, or what has its ``hidden_size``, ``layers`` and ``received``.
-
-        Raises:
-            UserError: the backbone does not give what the merger reads.
         """
-        if self.reads_received and not getattr(backbone, "received", True):
-            raise UserError(
-                f"{type(self).__name__} goes by the attention that each token receives, which the backbone "
-                "does not record; expected received=True; set --model.backbone.received true"
-            )
+        if self.reads_received:
+            backbone.received = True
         self.build(backbone.hidden_size, len(backbone.layers))
 
     @abstractmethod

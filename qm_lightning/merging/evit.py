@@ -20,7 +20,7 @@ class EViT(BudgetMerger):
     """Keeps the K - 1 tokens that receive most attention; all others become one token.
 
     The score is the attention received, mean over queries, heads and layers, where EViT takes the class
-    token's attention; the backbone must record it (``HFBackbone(received=True)``). The fused token is the
+    token's attention; an ``HFBackbone`` records it for this merger. The fused token is the
     published sum ``sum_i a_i x_i``, which is not divided by the mass and so has a small norm; it stands at
     its last member.
 
