@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,7 +105,7 @@ class RunLogger(WandbLogger):
         """
         import wandb
 
-        return cls(
+        logger = cls(
             save_dir=run_dir.resolve(),  # a shared service may stand in another folder
             project=options.project,
             id=run_id,
@@ -116,8 +117,14 @@ class RunLogger(WandbLogger):
             group=options.group,
             tags=options.tags or None,
             notes=options.notes,
-            settings=wandb.Settings(init_timeout=_INIT_TIMEOUT_S, quiet=True, console="off"),
+            # Offline, W&B prints three lines of what `announce_mode` has said in one.
+            settings=wandb.Settings(
+                init_timeout=_INIT_TIMEOUT_S, quiet=True, silent=mode == "offline", console="off"
+            ),
         )
+        # Lightning passes a setting on that W&B has given up and warns of, even where nobody has set it.
+        logger._wandb_init.pop("anonymous", None)
+        return logger
 
     @rank_zero_only
     def open(self) -> None:
@@ -149,12 +156,17 @@ class RunLogger(WandbLogger):
 
         Args:
             config: the whole tree, shown under ``config``.
-            file: the same as YAML, kept as a file of the run.
+            file: the same as YAML, kept as the run's file ``experiment/config.yaml``.
         """
         self.open()
         self.log_hyperparams({"config": dict(config)})
         if file.is_file():
-            self.experiment.save(str(file), base_path=str(file.parent), policy="now")
+            # W&B links to the files that it is given, and writes a `config.yaml` of its own: a link of that name would
+            # let it overwrite ours. So it gets a copy, in a folder.
+            kept = Path(self.experiment.dir) / "experiment" / file.name
+            kept.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, kept)
+            self.experiment.save(str(kept), base_path=self.experiment.dir, policy="now")
 
     @rank_zero_only
     def keep_checkpoints(self, run_id: str, paths: Sequence[Path]) -> None:

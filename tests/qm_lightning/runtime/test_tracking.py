@@ -60,7 +60,7 @@ def test_offline_a_stopped_run_on_two_ranks_is_one_run_with_the_whole_configurat
     tree = configuration(offline_files(tmp_path / "run")[0])["config"]
     assert tree["model"] == CONFIG["model"]
     assert tree["trainer"] == CONFIG["trainer"]
-    saved = list((tmp_path / "run/wandb").glob("offline-run-*/files/config.yaml"))
+    saved = list((tmp_path / "run/wandb").glob("offline-run-*/files/experiment/config.yaml"))
     assert len(saved) == 2
     assert yaml.safe_load(saved[0].read_text())["model"] == CONFIG["model"]
 
@@ -92,7 +92,9 @@ def test_online_a_resume_goes_on_in_the_same_run(server: StandIn, shards: Path, 
     losses = [row["trainer/global_step"] for row in told["history"] if "train/loss/total" in row]
     assert losses == list(range(12))
     assert [row["_step"] for row in told["history"]] == sorted({row["_step"] for row in told["history"]})
-    assert any(name.endswith("config.yaml") for name in server.files)
+    assert yaml.safe_load(server.files[f"{run_id}/experiment/config.yaml"])["model"] == CONFIG["model"]
+    # W&B writes a config.yaml of its own kind when a run ends: it must not go where ours is.
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"] == CONFIG["model"]
 
 
 @pytest.mark.slow
