@@ -69,6 +69,10 @@ class StepCheckpoints(ModelCheckpoint):
         if failure := next(filter(None, failures), None):
             raise UserError(f"{failure}; free some space and go on with --ckpt_path last")
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where the interrupted training was, wherever its directory lies now."""
+        super().load_state_dict(_in_directory(state_dict, Path(str(self.dirpath))))
+
     def _save(self, trainer: Trainer, due: bool) -> None:
         candidates = self._monitor_candidates(trainer)
         if due:
@@ -97,6 +101,15 @@ class BestCheckpoint(ModelCheckpoint):
         )
         self._missing_said = False
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the best score also where the run directory has moved: a worse one must not take its file.
+
+        Without the file, in another run's directory, the next validation is the best so far.
+        """
+        moved = _in_directory(state_dict, Path(str(self.dirpath)))
+        if Path(moved["best_model_path"]).is_file():
+            super().load_state_dict(moved)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if the validation that just ended was the best."""
         if self.monitor in trainer.callback_metrics or trainer.sanity_checking:
@@ -104,3 +117,18 @@ class BestCheckpoint(ModelCheckpoint):
         elif not self._missing_said:
             self._missing_said = True
             rank_zero_warn(f"no best.ckpt: validation logs no {self.monitor!r}")
+
+
+def _in_directory(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """A checkpoint callback's state with its paths in another directory; Lightning forgets the scores there."""
+
+    def there(path: str) -> str:
+        return str(directory / Path(path).name) if path else path
+
+    paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+    return {
+        **state,
+        "dirpath": str(directory),
+        "best_k_models": {there(path): score for path, score in state.get("best_k_models", {}).items()},
+        **{name: there(state[name]) for name in paths if name in state},
+    }
