@@ -52,7 +52,13 @@ def options(shards: Path, backbone: Path, run: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def test_the_main_job(shards: Path, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_main_job(
+    shards: Path,
+    backbone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     base = options(shards, backbone, run)
@@ -68,6 +74,11 @@ def test_the_main_job(shards: Path, backbone: Path, tmp_path: Path, monkeypatch:
     assert (
         main(["fit", *base, *length, "--trainer.max_steps", "4"]) == 2
     )  # history: no silent start from zero
+    written = (run / "config.yaml").read_text()
+    for other in (["--model.prior.init_args.dim", "16"], ["--model.merger", "ToMe"]):
+        assert main(["fit", *base, "--ckpt_path", "last", *other]) == 2
+        assert "does not fit the configured model" in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == written  # that of the training, whatever was tried since
     assert main(["fit", *base, *length, "--trainer.max_steps", "6", "--ckpt_path", "last"]) == 0
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import datamodules.image
@@ -17,7 +18,9 @@ import datamodules.paired
 import datamodules.text
 import datamodules.video  # noqa: F401  # makes the short class names known: --data TextDataModule
 from datamodules.resumable import ResumableDataModule
+from qm_lightning.callbacks.model_summary import TrainedAndFrozen
 from qm_lightning.callbacks.pictures import MergePictures
+from qm_lightning.callbacks.progress_bar import TrainingBar
 from qm_lightning.callbacks.run_record import CheckpointArtifacts
 from qm_lightning.errors import UserError
 from qm_lightning.modules import QuickMergeModule
@@ -26,6 +29,7 @@ from qm_lightning.results import write_predictions, write_results
 from qm_lightning.runtime.allowed_imports import limit_imports
 from qm_lightning.runtime.assemble import always_on_callbacks, trainer_arguments
 from qm_lightning.runtime.known_warnings import silence_false_alarms
+from qm_lightning.runtime.load_weights import load_weights
 from qm_lightning.runtime.loggers import TrackingOptions, make_loggers
 from qm_lightning.runtime.lost_rank import EXIT_CODE as LOST_RANK
 from qm_lightning.runtime.lost_rank import describe_loss
@@ -82,7 +86,12 @@ class QuickMergeCLI(LightningCLI):
         )
         parser.add_argument("--run_dir", type=str | None, default=None, help="Exact run directory.")
         parser.add_argument(
-            "--fresh", type=bool, default=False, help="Start anew in a run directory with history."
+            "--fresh",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="Start anew in a run directory with history.",
         )
         parser.add_argument(
             "--checkpoint_every",
@@ -136,12 +145,17 @@ class QuickMergeCLI(LightningCLI):
         options = self.config_init[self.subcommand].trainer
         self._dump_config()
         self._compare_ranks()
+        for checkpoint in filter(None, (self.run.ckpt_path, self.run.initial_weights)):
+            load_weights(
+                self.model, checkpoint
+            )  # one that does not fit must not leave its configuration in the run
         if self.subcommand == "fit" and not options.fast_dev_run:
             options.callbacks = [*(options.callbacks or []), *self._callbacks(config)]
             self.run.write_config(self.config_dump)
             options.logger = make_loggers(self.run, config.name, config.logger, self.config_dump)
         elif self.subcommand == "test":
             options.callbacks = [*(options.callbacks or []), *self._pictures()]
+        options.callbacks = [*(options.callbacks or []), *terminal_callbacks(options)]
         return super().instantiate_trainer(
             default_root_dir=str(self.run.path), **trainer_arguments(options), **kwargs
         )
@@ -185,6 +199,25 @@ class QuickMergeCLI(LightningCLI):
         """Write the predicted target sequences, in the order of the shards."""
         batches = self.trainer.predict(**kwargs)
         write_predictions(self.run.path, batches or [], self.trainer, self.datamodule)
+
+
+def terminal_callbacks(options: Any) -> list[Callback]:
+    """Progress bar and model summary, unless they are switched off or a configuration brings its own.
+
+    Args:
+        options: ``trainer`` of the configuration: ``callbacks``, ``enable_progress_bar``, ``enable_model_summary``.
+    """
+    chosen = options.get("callbacks") or []
+    shown: list[Callback] = []
+    if options.get("enable_progress_bar") is not False and not any(
+        isinstance(c, ProgressBar) for c in chosen
+    ):
+        shown.append(TrainingBar())
+    if options.get("enable_model_summary") is not False and not any(
+        isinstance(c, ModelSummary) for c in chosen
+    ):
+        shown.append(TrainedAndFrozen())
+    return shown
 
 
 def share_processor(config: Any) -> None:
