@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--nodes",
         action="store_true",
-        help="meet the other processes and compare: torchrun ... -- train.py doctor --nodes",
+        help="meet the other processes and compare: configs/launch/torchrun.sh doctor --nodes",
     )
     options.add_argument("--timeout", type=int, default=60, help="seconds that --nodes waits for a rank")
     return options
@@ -101,7 +101,7 @@ def meet(options: argparse.Namespace, tree: dict[str, Any]) -> None:
     if world.size == 1:
         raise UserError(
             "--nodes found one process; expected several; start it on every node as the training: "
-            "torchrun --nnodes=2 --nproc-per-node=1 ... -- train.py doctor --nodes"
+            "GPUS=2 configs/launch/torchrun.sh doctor --nodes"
         )
     wait = timedelta(seconds=options.timeout)
     join(world, "cpu", wait)

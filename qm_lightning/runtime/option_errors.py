@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from qm_lightning.runtime.allowed_imports import ALLOWED_PACKAGES
+
 LISTED = 12  # a class with more arguments than these has them in its docstring
 
 
@@ -20,27 +22,97 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         One line: the option, what is wrong, the nearest name if there is one.
     """
     line = " ".join(message.split())
-    unknown = re.search(r"unrecognized arguments: (--[\w.+-]+)", line)
-    if unknown:
-        near = difflib.get_close_matches(unknown[1], list(known), n=1)
-        hint = f"did you mean {near[0]}?" if near else "see --help"
-        return f"found {unknown[1]}, which is no option; expected one of this verb's; {hint}"
-    refused = re.findall(r"Option '([\w.]+)' is not accepted", line)
-    if refused:
-        taken = re.findall(r"\(it takes ([\w, ]+)\)", line)
-        names = taken[-1].split(", ") if taken else []
-        near = difflib.get_close_matches(refused[-1], names, n=1)
-        hint = f"did you mean {near[0]}?" if near else "see its docstring"
-        # The outermost key names the whole path that the user wrote.
-        place = re.search(r'Parser key "([\w.]+)"', line)
-        paths = re.findall(r"NestedArg\(key='([\w.]+)'", line)
-        written = max([refused[-1], *paths], key=len)
-        name = f"--{place[1]}.{written}" if place else f"--{written}"
-        wanted = (
-            f"one of {', '.join(names)}" if 0 < len(names) < LISTED and not near else "one of its arguments"
-        )
-        return f"found {name}, which that class does not take; expected {wanted}; {hint}"
+    for reading in (_unknown_option, _refused_argument, _forbidden_class, _no_class, _wrong_type, _missing):
+        if (found := reading(line, list(known))) is not None:
+            return found
     return line
+
+
+def _written(line: str, last: str = "") -> str:
+    """The option as the user wrote it: the outermost key names the whole path."""
+    place = re.search(r'Parser key "([\w.]+)"', line)
+    paths = [path for path in re.findall(r"NestedArg\(key='([\w.]+)'", line) if path.endswith(last)]
+    inner = max([last, *paths], key=len)
+    return "--" + ".".join(filter(None, [place[1] if place else "", inner]))
+
+
+def _unknown_option(line: str, known: list[str]) -> str | None:
+    stray = re.fullmatch(r"unrecognized arguments: ([^-].*)", line)
+    if stray:
+        return f"found {stray[1]!r}, which belongs to no option; expected --NAME VALUE; see --help"
+    # A parser of a class's arguments has already said so of its own part, inside a longer message.
+    inner = re.search(r"^Parser key .*found --([\w.+-]+), (which is no option; .*?)(?: - Expected a|$)", line)
+    if inner:
+        return f"found {_written(line, inner[1])}, {inner[2]}"
+    unknown = re.search(r"unrecognized arguments: (--[\w.+-]+)", line)
+    if not unknown:
+        return None
+    # If its first word is wrong, the rest is no help: --modle.depth means --model.
+    head, heads = unknown[1].partition(".")[0], sorted({name.partition(".")[0] for name in known})
+    near = difflib.get_close_matches(unknown[1], known, n=1)
+    if head not in heads and "." in unknown[1]:
+        near = difflib.get_close_matches(head, heads, n=1)
+    hint = f"did you mean {near[0]}?" if near else "see --help"
+    return f"found {unknown[1]}, which is no option; expected one of this verb's; {hint}"
+
+
+def _refused_argument(line: str, known: list[str]) -> str | None:
+    refused = re.findall(r"Option '([\w.]+)' is not accepted", line)
+    if not refused:
+        return None
+    taken = re.findall(r"\(it takes ([\w, ]+)\)", line)
+    names = taken[-1].split(", ") if taken else []
+    near = difflib.get_close_matches(refused[-1], names, n=1)
+    hint = f"did you mean {near[0]}?" if near else "see its docstring"
+    wanted = f"one of {', '.join(names)}" if 0 < len(names) < LISTED and not near else "one of its arguments"
+    return f"found {_written(line, refused[-1])}, which that class does not take; expected {wanted}; {hint}"
+
+
+def _forbidden_class(line: str, known: list[str]) -> str | None:
+    forbidden = re.search(r"Importing '([\w.]+)' is not allowed", line)
+    if not forbidden:
+        return None
+    return (
+        f"found {_written(line)} {forbidden[1]}; expected a class of {', '.join(ALLOWED_PACKAGES)}: no other one "
+        "can be named, since that runs its code; choose one of these"
+    )
+
+
+def _no_class(line: str, known: list[str]) -> str | None:
+    name = re.search(r"Expected a dot import path string: (\S+)", line) or re.search(
+        r"class_path '([\w.]+)': .*(?:has no attribute|No module named)", line
+    )
+    if not name or "Parser key" not in line:
+        return None
+    return (
+        f"found {_written(line)} {name[1]}, which is no class that goes there; expected its short name or "
+        "PACKAGE.CLASS; check the spelling"
+    )
+
+
+def _wrong_type(line: str, known: list[str]) -> str | None:
+    choices = re.findall(r"Literal\[([^\]]+)\]", line.partition(" Errors: ")[2])
+    given = re.search(r"Given value: (\S+)$", line)
+    if choices and given and "NestedArg" not in given[1]:
+        return f"found {_written(line)} {given[1]}; expected one of {', '.join(choices)}; give one"
+    wrong = re.search(
+        r"Expected a (?P<type>(?:(?!Expected a ).)+?)\. Got value: (?P<value>.+?)(?: - |$)", line
+    )
+    if not wrong or "Parser key" not in line:
+        return None
+    keys = re.findall(r'Parser key "([\w.]+)"', line)
+    last = keys[-1] if len(keys) > 1 else ""
+    wanted = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", wrong["type"])
+    wanted = re.sub(r"^(?:typing\.)?Literal\[(.*)\]$", r"one of \1", wanted)
+    return f"found {_written(line, last)} {wrong['value']}; expected {wanted}; give one"
+
+
+def _missing(line: str, known: list[str]) -> str | None:
+    missing = re.fullmatch(r"the following arguments are required: ((?:\w+\.\w+(?:, )?)+)", line)
+    if not missing:
+        return None
+    names = ", ".join(name.partition(".")[2] for name in missing[1].split(", "))
+    return f"found no {names}; expected an experiment; give --config configs/experiment/NAME.yaml"
 
 
 def name_arguments(message: str, taken: Iterable[str]) -> str:

@@ -40,6 +40,29 @@ def test_other_messages_become_one_line() -> None:
             ["--model.prior.xyz", "3"],
             "found --model.prior.xyz, which that class does not take; expected one of dim, depth, heads",
         ),
+        (["--modle.depth", "3"], "did you mean --model?"),
+        (
+            ["--model.merger.budgt.compression", "3"],
+            "found --model.merger.budgt.compression, which is no option",
+        ),
+        (
+            ["--model.merger", "os.system"],
+            "found --model.merger os.system; expected a class of qm_lightning,",
+        ),
+        (["--model.merger", "ToMee"], "found --model.merger ToMee, which is no class that goes there"),
+        (
+            ["--model", "qm_lightning.modules.Nope"],
+            "found --model qm_lightning.modules.Nope, which is no class",
+        ),
+        (
+            ["--model.merger.budget.compression", "x"],
+            "found --model.merger.budget.compression x; expected float",
+        ),
+        (
+            ["--logger.mode", "onlin"],
+            "found --logger.mode onlin; expected one of 'online', 'offline', 'disabled'",
+        ),
+        (["stray"], "found 'stray', which belongs to no option"),
     ],
 )
 def test_the_command_line_names_what_is_wrong(
@@ -48,4 +71,19 @@ def test_the_command_line_names_what_is_wrong(
     assert main(["fit", "--config", str(ROOT / "configs/experiment/image.yaml"), *arguments]) == 2
     (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error")]
     assert expected in line
-    assert len(line) < 200
+    assert len(line) < 230
+
+
+def test_no_experiment_at_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: found no data, model; expected an experiment; give --config"
+    )
+
+
+def test_fresh_is_a_flag_that_may_have_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = str(ROOT / "configs/experiment/image.yaml")
+    for given in (["--fresh"], ["--fresh", "true"]):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", experiment, *given, "--print_config"])
+        assert "fresh: true" in capsys.readouterr().out
