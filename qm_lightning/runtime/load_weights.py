@@ -31,7 +31,7 @@ def load_weights(module: LightningModule, path: str) -> None:
         rest = f", and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise UserError(
             f"{path} does not fit the configured model ({', '.join(differing[:_SHOWN])}{rest}); expected the model "
-            "that it was trained with; leave out the --model options that changed it, or train anew in another --run_dir"
+            "that it was trained with; leave out the options that changed it, or train anew in another --run_dir"
         ) from error
 
 
