@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.stream_records import Records
-from datamodules.shards.checking import index_folder
 from datamodules.shards.index import build_index
+from datamodules.shards.indexing import index_folder
 from datamodules.shards.scan import scan
 from datamodules.shards.writer import write_shards
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datamodules.errors import DataError
-from datamodules.shards.checking import index_folder, shard_folders, verify_folder
+from datamodules.shards.checking import verify_folder
+from datamodules.shards.folders import shard_folders
+from datamodules.shards.indexing import index_folder
 from datamodules.shards.linking import link_splits
 
 MODALITIES = ("text", "image", "video", "paired")
@@ -69,28 +73,54 @@ def _source(modality: str, source: str) -> Any:
         ) from error
 
 
+def _each(folders: Iterable[Path], work: Callable[[Path], int | None]) -> int:
+    """Work on every folder, whatever another one comes to; the exit code."""
+    code = 0
+    for folder in folders:
+        try:
+            code = max(code, int((work(folder) or 0) > 0))
+        except DataError as error:
+            code = _refuse(str(error))
+    return code
+
+
+def _refuse(reason: str) -> int:
+    print("error: " + " ".join(reason.split()), file=sys.stderr)
+    return 2
+
+
+def _run(arguments: list[str]) -> int:
+    options = vars(_parser(arguments).parse_args(arguments))
+    verb = options.pop("verb")
+    if verb == "prepare":
+        modality, source, out = options.pop("modality"), options.pop("source"), options.pop("out")
+        _source(modality, source).prepare(source, out, **options)
+        return 0
+    root, splits, workers = options["root"], options.get("split"), options["workers"]
+    if verb == "index":
+        folders = link_splits(Path(root), splits) if splits else shard_folders(root)
+        fields = [field for field in options["fields"].split(",") if field]
+        index = partial(index_folder, exclude_bad=options["exclude_bad"], fields=fields, workers=workers)
+        return _each(folders, index)
+    verify = partial(verify_folder, checksum=options["sha256"], workers=workers)
+    return _each(shard_folders(root, indexed=True), verify)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; a user's mistake is one line and exit code 2, damaged shards are exit code 1."""
-    arguments = sys.argv[1:] if argv is None else argv
     try:
-        options = vars(_parser(arguments).parse_args(arguments))
-        verb = options.pop("verb")
-        if verb == "prepare":
-            modality, source, out = options.pop("modality"), options.pop("source"), options.pop("out")
-            _source(modality, source).prepare(source, out, **options)
-            return 0
-        root, splits = options["root"], options.get("split")
-        folders = link_splits(Path(root), splits) if splits else shard_folders(root)
-        workers = options["workers"]
-        if verb == "index":
-            fields = [field for field in options["fields"].split(",") if field]
-            for folder in folders:
-                index_folder(folder, exclude_bad=options["exclude_bad"], fields=fields, workers=workers)
-            return 0
-        return int(sum(verify_folder(f, checksum=options["sha256"], workers=workers) for f in folders) > 0)
+        return _run(sys.argv[1:] if argv is None else argv)
     except DataError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = f": {error.filename}" if error.filename else ""
+        return _refuse(
+            f"{error.strerror or error}{where}; expected room and permission to read and write; mend that and give "
+            "the same command again: what is finished is kept"
+        )
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on: what is finished is kept", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -4,25 +4,50 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import TypeVar
+
+from datamodules.errors import DataError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def map_files(work: Callable[[T], R], jobs: Sequence[T], workers: int) -> Iterator[R]:
-    """Results in the order of the jobs; with one worker or job, in this process."""
+def map_files(work: Callable[[T], R], jobs: Sequence[T], workers: int, *, at_a_time: int = 1) -> Iterator[R]:
+    """Results in the order of the jobs; with one worker or job, in this process.
+
+    Args:
+        work: picklable.
+        jobs: what to call it with.
+        workers: processes.
+        at_a_time: jobs that a process is given together; more where each takes little time.
+
+    Raises:
+        DataError: a process was killed.
+    """
     if workers < 2 or len(jobs) < 2:
         yield from map(work, jobs)
         return
     context = get_context("spawn")  # forking is unsafe beside the threads of a progress bar
     count = min(workers, len(jobs))
-    with ProcessPoolExecutor(count, mp_context=context, initializer=end_with_parent) as pool:
-        yield from pool.map(work, jobs)
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin) as pool:
+        try:
+            yield from pool.map(work, jobs, chunksize=at_a_time)
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"one of {count} worker processes was killed, most likely for lack of memory; expected all to end by "
+                "themselves; try fewer --workers: what is finished is kept"
+            ) from error
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent alone decides and speaks
+    end_with_parent()
 
 
 def end_with_parent() -> None:

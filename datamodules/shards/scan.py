@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from datamodules.shards.tar import CorruptShardError, split_keys
+from datamodules.shards.tar import CorruptShardError, split_key, split_keys
 from datamodules.shards.walk import Members, walk
 from datamodules.shards.windows import Windows
 
@@ -20,12 +20,14 @@ class Scan(NamedTuple):
         keys: of the samples.
         layouts: each set of fields that occurs, with the number of its samples and the first one's key.
         sha256: of the file, if it was asked for.
+        links: members named like a sample's that hold no bytes of their own: hard and symbolic links, devices.
     """
 
     offsets: list[int]
     keys: list[str]
     layouts: dict[frozenset[str], tuple[int, str]]
     sha256: str | None
+    links: tuple[str, ...] = ()
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -60,13 +62,33 @@ def scan(path: Path, *, checksum: bool = False) -> Scan:
     try:
         with Windows(descriptor, size, checksum=checksum) as windows:
             samples = _Samples()
+            links: list[str] = []
             for members in walk(windows, size):
                 samples.add(members)
-            return samples.found(windows.sha256())
+                links += [name for name in members.links if split_key(name)]
+            return samples.found(windows.sha256())._replace(links=tuple(links))
+    except CorruptShardError as error:
+        if str(error).endswith(" at byte 0") and (kind := _other_format(os.pread(descriptor, 64, 0))):
+            raise CorruptShardError(f"{error}: it is {kind}, expected a tar archive") from error
+        raise
     except ValueError as error:  # a name or a number that is none
         raise CorruptShardError(str(error)) from error
     finally:
         os.close(descriptor)
+
+
+def _other_format(head: bytes) -> str | None:
+    """What a file is that has no tar header, by its first bytes."""
+    known = {
+        b"\x1f\x8b": "compressed with gzip, unpack it",
+        b"\x28\xb5\x2f\xfd": "compressed with zstd, unpack it",
+        b"BZh": "compressed with bzip2, unpack it",
+        b"\xfd7zXZ": "compressed with xz, unpack it",
+        b"PK\x03\x04": "a zip archive",
+        b"<": "a web page, as a failed download leaves it",
+        b"version https://git-lfs": "a Git LFS pointer, fetch the file with git lfs pull",
+    }
+    return next((kind for magic, kind in known.items() if head.lstrip().startswith(magic)), None)
 
 
 class _Samples:

@@ -20,6 +20,7 @@ Bytes = npt.NDArray[np.uint8]
 _FAR = 64 << 10  # bytes from header to header beyond which they are read one by one
 _FEW = 8  # plain headers in a row
 _ODD_STEPS = 256  # headers to read one by one where few are plain or near, before looking at a block again
+_SPECIAL = b"12346S"  # hard and symbolic links, devices, pipes, sparse files
 _EIGHTS = 8 ** np.arange(5, -1, -1, dtype=np.uint32)
 
 
@@ -30,11 +31,13 @@ class Members(NamedTuple):
         starts: where the first header of each begins.
         nexts: where the header after it begins.
         names: as stored.
+        links: names of links and other special files, which hold no bytes of their own.
     """
 
     starts: list[int]
     nexts: list[int]
     names: list[str]
+    links: list[str]
 
 
 class _Place:
@@ -59,6 +62,8 @@ class _Place:
                 into.starts.append(self.first)
                 into.nexts.append(following)
                 into.names.append(self.long_name or name)
+            elif kind in _SPECIAL:
+                into.links.append(self.long_name or name)
             self.first, self.long_name = following, None
         self.position = following
 
@@ -76,7 +81,7 @@ def walk(windows: Windows, size: int) -> Iterator[Members]:
     place, odd = _Place(), 0
     while place.position < size:
         block, before = windows.holding(place.position, whole=not odd), place.position
-        found = Members([], [], [])
+        found = Members([], [], [], [])
         if not odd and before < block.stop:
             plain = _plain(place, block, size, found, windows)
             yield found
@@ -84,14 +89,14 @@ def walk(windows: Windows, size: int) -> Iterator[Members]:
             if place.position >= block.stop:
                 continue
         odd = max(0, odd - 1)
-        found = Members([], [], [])
+        found = Members([], [], [], [])
         raw = windows.read(place.position, BLOCK)
         if (header := read_header(raw, place.position, size)) is None:
             _check_end(windows, place.position, size)
             return
         kind, length, following = header
         payload = windows.read(place.position + BLOCK, length) if kind in (b"x", b"L") else b""
-        name = name_of(raw) if kind in (b"0", b"\0") else ""
+        name = name_of(raw) if kind in (b"0", b"\0") or kind in _SPECIAL else ""
         place.take(found, kind, following, name, payload)
         yield found
     raise CorruptShardError("no end-of-archive marker: the file was cut")

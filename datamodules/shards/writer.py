@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from rich.progress import track
 
 from datamodules.errors import DataError
 from datamodules.shards.files import sync_directory, write_atomic
@@ -22,6 +21,7 @@ from datamodules.shards.hashing import Word
 from datamodules.shards.index import entry_of, index_path, load_offsets, write_index
 from datamodules.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from datamodules.shards.processes import map_files
+from datamodules.shards.progress import track
 from datamodules.shards.scan import Scan, scan
 from datamodules.shards.tar import split_key
 
@@ -164,7 +164,7 @@ def write_shards(
     _remove_others(folder, jobs)
     make = partial(_make, source=source, fields=fields)
     made = map_files(make, jobs, workers)
-    shards = list(track(made, description=f"{split} shards", total=len(jobs), disable=not progress))
+    shards = list(track(made, f"{split} shards", len(jobs)) if progress else made)
     _refuse_double_keys([job.path for job in jobs], [shard.keys for shard in shards])
     manifest = Manifest(tuple(shard.entry for shard in shards))
     manifest.save(folder)

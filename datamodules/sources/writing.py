@@ -26,7 +26,20 @@ def add_count_arguments(parser: argparse.ArgumentParser, counts: Mapping[Split, 
         what: a sample's name in the plural.
     """
     for split, count in counts.items():
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"{what} to draw (default {count})")
+        parser.add_argument(
+            f"--{split}", type=_count, default=count, help=f"{what} to draw (default {count})"
+        )
+
+
+def _count(text: str) -> int:
+    """A number of samples from the command line.
+
+    Raises:
+        ArgumentTypeError: it is negative.
+    """
+    if (count := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"found {count}, expected 0 or more")
+    return count
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +68,14 @@ def write_splits(
         workers: processes.
 
     Raises:
-        DataError: the folder holds data of another recipe: mixing the two must not happen unseen.
+        DataError: there is nothing to write, or the folder holds data of another recipe: mixing the two must not
+            happen unseen.
     """
+    counts = {split: len(source) for split, source in splits.items()}
+    if shard_size < 1 or not any(counts.values()):
+        raise DataError(
+            f"found {counts} samples at {shard_size} a shard, expected at least one of both; check the options"
+        )
     wanted = {**recipe, "shard_size": shard_size}
     path = out / RECIPE_NAME
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -71,3 +90,4 @@ def write_splits(
     for split, source in splits.items():
         if len(source):
             write_shards(out, split, source, shard_size=shard_size, workers=workers)
+    print(f"wrote {', '.join(f'{n} {split}' for split, n in counts.items())} samples to {out}")

@@ -9,18 +9,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.progress import track
-
 from datamodules.errors import DataError
 from datamodules.shards.files import write_atomic
-from datamodules.shards.processes import end_with_parent
+from datamodules.shards.processes import map_files
+from datamodules.shards.progress import track
 
 JOURNAL_NAME = "checked.jsonl"
 SKIPPED_NAME = "skipped.jsonl"
@@ -134,14 +131,9 @@ def check_items(
 def _run(
     items: list[dict[str, Any]], check: Check, workers: int
 ) -> Iterator[tuple[dict[str, Any], list[Found]]]:
-    bar = partial(track, description="checking files", total=len(items), disable=not items)
-    guarded = partial(_guarded, check=check)
-    if workers > 1 and len(items) > workers:
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent)
-        with pool:
-            yield from zip(items, bar(pool.map(guarded, items, chunksize=16)), strict=True)
-    else:
-        yield from zip(items, bar(map(guarded, items)), strict=True)
+    processes = workers if len(items) > workers else 1
+    found = map_files(partial(_guarded, check=check), items, processes, at_a_time=16)
+    yield from zip(items, track(found, "checking files", len(items)), strict=True)
 
 
 def _guarded(item: dict[str, Any], check: Check) -> list[Found]:

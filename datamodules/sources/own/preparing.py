@@ -126,4 +126,3 @@ def prepare_own(
     shares = {"val_share": options.val_share, "test_share": options.test_share, "seed": options.seed}
     wanted = {**recipe, **shares, "counts": counts, "files": digest.hexdigest()}
     write_splits(out, sources, wanted, shard_size=options.shard_size, workers=options.workers)
-    print(f"wrote {', '.join(f'{n} {split}' for split, n in counts.items())} samples to {out}")

@@ -1,0 +1,26 @@
+"""Progress bars for a person at a terminal, and verdicts that stay one line wherever they go; both on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich import progress
+from rich.console import Console
+
+T = TypeVar("T")
+
+_CONSOLE = Console(stderr=True)
+
+
+def track(work: Iterable[T], description: str, total: int) -> Iterator[T]:
+    """Go through some work under a progress bar; without one where nobody would see it move."""
+    hidden = total == 0 or not _CONSOLE.is_terminal
+    yield from progress.track(
+        work, description=description, total=total, console=_CONSOLE, disable=hidden, transient=True
+    )
+
+
+def say(verdict: str, text: str) -> None:
+    """Print a verdict, above the bar if there is one; unbroken, so that it can be searched for."""
+    _CONSOLE.print(f"{verdict:<5} {text}", soft_wrap=True, markup=False, highlight=False, emoji=False)
