@@ -35,19 +35,20 @@ def map_files(work: Callable[[T], R], jobs: Sequence[T], workers: int, *, at_a_t
         return
     context = get_context("spawn")  # forking is unsafe beside the threads of a progress bar
     count = min(workers, len(jobs))
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin) as pool:
+    with ProcessPoolExecutor(count, mp_context=context, initializer=end_with_parent) as pool:
         try:
-            yield from pool.map(work, jobs, chunksize=at_a_time)
+            # Ctrl-C reaches all processes of a terminal. Workers are born with it blocked: the parent alone reports it.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                found = pool.map(work, jobs, chunksize=at_a_time)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            yield from found
         except BrokenProcessPool as error:
             raise DataError(
                 f"one of {count} worker processes was killed, most likely for lack of memory; expected all to end by "
                 "themselves; try fewer --workers: what is finished is kept"
             ) from error
-
-
-def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent alone decides and speaks
-    end_with_parent()
 
 
 def end_with_parent() -> None:
