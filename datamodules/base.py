@@ -21,7 +21,7 @@ from datamodules.shards.geometry import Geometry, Tail
 from datamodules.shards.loader import StreamLoader
 from datamodules.shards.order import OrderSettings
 from datamodules.shards.resume import ExactResume
-from datamodules.shards.source import Source
+from datamodules.shards.source import Source, absence_of
 from datamodules.shards.stream import Batch, Decode, StreamSpec
 
 log = logging.getLogger(__name__)
@@ -207,10 +207,7 @@ class ShardDataModule(ResumableDataModule[StreamLoader]):
         training = train_tail is not None
         source = self._source(split)
         if source is None:
-            raise DataError(
-                f"found no shards with an index in {self.root}/{split}; make some with `python -m "
-                f"datamodules prepare` or index yours with `python -m datamodules index {self.root}/{split}`"
-            )
+            raise DataError(absence_of(self.root, split))
         rank, world = (
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         )

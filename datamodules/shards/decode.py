@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from datamodules.errors import DataError
 
@@ -108,6 +108,8 @@ def decode_image(data: bytes, limits: Limits | None = None) -> npt.NDArray[np.ui
         picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
     except Image.DecompressionBombError as error:
         raise DataError(str(error)) from None
+    except UnidentifiedImageError:  # Pillow's own message names an object in memory
+        raise UnidentifiedImageError(f"no JPEG, PNG or WebP, it begins with {data[:16]!r}") from None
     with picture:
         if (pixels := picture.width * picture.height) > limits.pixels:
             raise DataError(

@@ -44,6 +44,9 @@ class StreamLoader:
         policy: what to do about bad samples.
         training: False = every pass is the whole of epoch 0, as an evaluation wants it.
         agree: sums fault counts over ranks, so that all stop at the same batch; `None`: one rank.
+
+    Raises:
+        DataError: fewer than 0 workers, or than 1 batch ahead.
     """
 
     batch_sampler = None  # Lightning reads it wherever it reads `sampler`
@@ -62,6 +65,11 @@ class StreamLoader:
         training: bool = True,
         agree: Agree | None = None,
     ) -> None:
+        if num_workers < 0 or prefetch < 1:
+            raise DataError(
+                f"num_workers is {num_workers} and prefetch {prefetch}, expected at least 0 and 1; num_workers=0 reads "
+                "in the training process"
+            )
         self.policy = policy or FaultPolicy()
         self._spec = replace(spec, stop_at_fault=self.policy.on_error == "raise")
         self._fingerprint, self._training, self._agree = fingerprint, training, agree

@@ -29,6 +29,11 @@ IN_FLIGHT = 8  # requests at a time for one file
 PAUSES = (0.5, 2.0, 8.0)  # seconds before another try
 CONNECT_SECONDS, STALL_SECONDS = 15.0, 30.0  # without a connection, without a byte
 
+_NO_KEYS = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+)  # of botocore, which is an extra
 _TRANSIENT = (408, 425, 429)  # of the client errors; all others stay
 T = TypeVar("T")
 
@@ -170,7 +175,7 @@ def _is_final(error: Exception) -> bool:
     response = getattr(error, "response", None)
     status = getattr(error, "status", None) or getattr(response, "status_code", None)
     refused = isinstance(status, int) and 400 <= status < 500 and status not in _TRANSIENT
-    return refused or isinstance(error, PermissionError)
+    return refused or isinstance(error, PermissionError) or type(error).__name__ in _NO_KEYS
 
 
 def _describe(error: Exception) -> str:

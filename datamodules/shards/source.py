@@ -82,3 +82,26 @@ class Source:
 
 def _local(root: str, name: str) -> Path:
     return Path(root) / name
+
+
+def absence_of(root: str, split: str) -> str:
+    """Why a split cannot be opened, and what to do, in one line.
+
+    Args:
+        root: directory or URL of the data set, in which `Source.open` found no such split.
+        split: its name.
+    """
+    base = f"found no shards with an index in {root.rstrip('/')}/{split}"
+    if is_url(root):
+        return f"{base}; expected its {MANIFEST_NAME} there: upload the whole folder, index and all"
+    if not Path(root).is_dir():
+        return f"{base}: there is no folder {root}; expected one with train/, val/ and test/; check root"
+    if (Path(root) / MANIFEST_NAME).is_file():
+        return (
+            f"{base}: {root} holds shards itself; expected a folder with train/, val/ and test/ as root: give the one "
+            f"above it, or deal these shards to splits with `python -m datamodules index {root} --split train=PATTERN`"
+        )
+    return (
+        f"{base}; make some with `python -m datamodules prepare` or index yours with `python -m datamodules index "
+        f"{root.rstrip('/')}/{split}`"
+    )

@@ -213,6 +213,12 @@ def test_damage(name: str, data: bytes) -> None:
         decode_field(name, data)
 
 
+def test_what_is_no_picture_says_how_it_begins() -> None:
+    with pytest.raises(DataError, match=r"no JPEG, PNG or WebP, it begins with b'<html>'") as error:
+        decode_field("jpg", b"<html>")
+    assert "0x" not in str(error.value)
+
+
 def test_zip_with_a_broken_member() -> None:
     data = bytearray(saved(np.savez, a=np.arange(100)))
     with zipfile.ZipFile(io.BytesIO(data)) as archive:

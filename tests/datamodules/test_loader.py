@@ -236,6 +236,19 @@ def test_missing_split(tmp_path: Path) -> None:
     assert module.val_dataloader() == []
     with pytest.raises(DataError, match="python -m datamodules index"):
         module.train_dataloader()
+    with pytest.raises(DataError, match=r"there is no folder .*/typo; expected one with train/"):
+        IdModule(tmp_path / "typo", 4).train_dataloader()
+
+
+def test_a_splits_folder_as_root(root: Path) -> None:
+    with pytest.raises(DataError, match=r"train holds shards itself; expected .*give the one above it"):
+        IdModule(root / "train", 4).train_dataloader()
+
+
+@pytest.mark.parametrize("options", [{"num_workers": -1}, {"num_workers": 1, "prefetch": 0}])
+def test_numbers_that_torch_would_refuse(options: dict[str, int], root: Path) -> None:
+    with pytest.raises(DataError, match=r"num_workers is .*expected at least 0 and 1"):
+        IdModule(root, 4, **options).train_dataloader()
 
 
 @pytest.mark.slow

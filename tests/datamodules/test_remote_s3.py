@@ -62,7 +62,9 @@ def test_what_is_not_there(bucket: str, tmp_path: Path) -> None:
         found.locate("numbers-007.tar")
 
 
-def test_no_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_credentials(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
@@ -73,4 +75,5 @@ def test_no_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(DataError, match="your credentials"):
         Source.open(f"{bucket}/train")
+    assert "again" not in caplog.text  # keys do not come by waiting
     s3fs.S3FileSystem.clear_instance_cache()
