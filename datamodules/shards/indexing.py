@@ -10,7 +10,7 @@ from typing import NamedTuple
 from datamodules.errors import DataError
 from datamodules.shards.folders import PACKED, processes_for, reason_of
 from datamodules.shards.index import build_index
-from datamodules.shards.manifest import Manifest, ShardEntry
+from datamodules.shards.manifest import Manifest, ShardEntry, interrupted
 from datamodules.shards.processes import map_files
 from datamodules.shards.progress import say, track
 from datamodules.shards.scan import Scan, scan
@@ -56,8 +56,10 @@ def index_folder(
         workers: processes; `None`: all cores, if there is enough to do.
 
     Raises:
-        DataError: damaged shards, and `exclude_bad` is not set; or no good shard.
+        DataError: damaged shards, and `exclude_bad` is not set; or no good shard; or `prepare` is not done with it.
     """
+    if reason := interrupted(folder):
+        raise DataError(reason)
     entries: list[ShardEntry] = []
     seen: list[frozenset[str]] = []
     bad: list[tuple[str, str]] = []

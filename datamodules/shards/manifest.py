@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from datamodules.errors import DataError
 from datamodules.shards.files import write_atomic
 
 MANIFEST_NAME = "index.json"
+RECIPE_NAME = "prepared.json"  # beside the splits that `prepare` writes
 VERSION = 1
 
 
@@ -80,6 +82,8 @@ class Manifest:
                 f"the shard folder {root} does not exist; make shards with python -m datamodules prepare"
             )
         if not path.is_file():
+            if reason := interrupted(root):
+                raise DataError(reason)
             found = len(list(root.glob("*.tar")))
             cure = "index" if found else "prepare"
             raise DataError(
@@ -116,3 +120,19 @@ class Manifest:
         if not sum(shard.samples for shard in shards):
             raise DataError(f"{path} lists no samples; make shards with python -m datamodules prepare")
         return cls(shards, excluded)
+
+
+def interrupted(folder: Path) -> str | None:
+    """Why a split is not complete that `prepare` began, and what to do; None if it is, or is of other origin."""
+    if not (folder.parent / RECIPE_NAME).is_file() or (folder / MANIFEST_NAME).is_file():
+        return None
+    shards = [path.stem for path in folder.glob("*.tar")]
+    wanted = max(
+        (int(name.rpartition("-of-")[2]) for name in shards if re.search(r"-of-\d+$", name)), default=0
+    )
+    if len(shards) >= wanted > 0:  # all are there, and the manifest alone went
+        return None
+    return (
+        f"{folder} has {len(shards)} of {wanted or 'its'} shards: prepare was interrupted there; give the same prepare "
+        f"command again, it goes on (to use what is there, delete {folder.parent / RECIPE_NAME})"
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datamodules.errors import DataError
 from datamodules.shards.cache import ShardCache
-from datamodules.shards.manifest import MANIFEST_NAME, Manifest
+from datamodules.shards.manifest import MANIFEST_NAME, Manifest, interrupted
 from datamodules.shards.reader import ShardFile
 from datamodules.shards.remote import Remote, is_url
 
@@ -101,6 +101,8 @@ def absence_of(root: str, split: str) -> str:
             f"{base}: {root} holds shards itself; expected a folder with train/, val/ and test/ as root: give the one "
             f"above it, or deal these shards to splits with `python -m datamodules index {root} --split train=PATTERN`"
         )
+    if reason := interrupted(Path(root) / split):
+        return reason
     return (
         f"{base}; make some with `python -m datamodules prepare` or index yours with `python -m datamodules index "
         f"{root.rstrip('/')}/{split}`"

@@ -11,10 +11,9 @@ from typing import Any
 
 from datamodules.errors import DataError
 from datamodules.shards.files import write_atomic
+from datamodules.shards.manifest import RECIPE_NAME
 from datamodules.shards.writer import SampleSource, write_shards
 from datamodules.sources.splits import Split
-
-RECIPE_NAME = "prepared.json"
 
 
 def add_count_arguments(parser: argparse.ArgumentParser, counts: Mapping[Split, int], what: str) -> None:

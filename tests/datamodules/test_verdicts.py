@@ -21,6 +21,7 @@ from datamodules.errors import DataError
 from datamodules.shards import progress
 from datamodules.shards.manifest import Manifest
 from datamodules.shards.processes import map_files
+from datamodules.shards.source import absence_of
 
 PREPARE = ["prepare", "image", "--source", "digits", "--workers", "1"]
 
@@ -160,6 +161,23 @@ def test_fewer_than_no_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit, match="2"):
         main([*PREPARE, "--out", str(tmp_path), "--train", "-1"])
     assert "found -1, expected 0 or more" in capsys.readouterr().err
+
+
+def test_an_interrupted_prepare_is_not_made_complete_by_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prepared.json").write_text("{}")
+    archive(tmp_path / "train" / "train-000000-of-000002.tar", "1.txt")
+    reason = (
+        f"{tmp_path}/train has 1 of 2 shards: prepare was interrupted there; give the same prepare command"
+    )
+    for verb in ("verify", "index"):
+        assert main([verb, str(tmp_path)]) == 2
+        assert reason in said(capsys)[0]
+    assert reason in absence_of(str(tmp_path), "train")
+    assert not (tmp_path / "train" / "index.json").exists()
+    archive(tmp_path / "train" / "train-000001-of-000002.tar", "2.txt")
+    assert main(["index", str(tmp_path)]) == 0  # all are there
 
 
 def test_a_full_disk_and_an_interruption_are_one_line(
