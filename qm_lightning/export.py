@@ -53,7 +53,8 @@ def save_pretrained(
         directory: new or empty; ``model.safetensors``, ``config.json`` and ``README.md`` go there.
         facts: of the run, for config.json and the model card: ``experiment``, ``step``, ``metrics``, ...
         text: how prompts are read and targets are written, of a text model: ``tokenizer`` and ``targets`` as
-            ``TextDataModule`` takes them. ``train.py generate`` needs it.
+            ``TextDataModule`` takes them; of a ``MultimodalModule``, that of each part that reads text, by name.
+            ``train.py generate`` needs it.
         overwrite: replace these three files if they are there.
 
     Returns:
@@ -147,11 +148,12 @@ def _config(module: Any, facts: dict[str, Any], text: dict[str, Any] | None) -> 
                 f"the merger is a {type(part).__name__}, which works between the layers of the backbone, "
                 "and an export holds no backbone; expected a merger behind it; go on from the checkpoint instead"
             )
+    several = isinstance(module.merger, nn.ModuleDict)
+    texts = (text or {}) if several else {"": text}
     paths = {
-        name: {"backbone": _backbone(backbones[name]), "merger": describe(merger)}
+        name: {"backbone": _backbone(backbones[name]), "merger": describe(merger), "text": texts.get(name)}
         for name, merger in mergers.items()
     }
-    several = isinstance(module.merger, nn.ModuleDict)
     return {
         "format": SEVERAL if several else ONE,
         "mode": "streaming" if isinstance(module.prior, StreamingPrior) else "conditioning",
@@ -159,7 +161,6 @@ def _config(module: Any, facts: dict[str, Any], text: dict[str, Any] | None) -> 
         "prior": describe(module.prior),
         "vocab_size": module.prior.vocab_size,
         "eos_id": module.eos_id,
-        "text": text,
         "facts": facts,
         "versions": {
             "qm_lightning": __version__,

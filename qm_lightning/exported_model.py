@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qm_lightning.errors import UserError
+from qm_lightning.merging.placed import Block, PlacedMerger
 from qm_lightning.priors import PriorOutput
 from qm_lightning.tokens import MergedTokens, Tokens
 
@@ -43,8 +42,13 @@ class ExportedModel(nn.Module):
 
     def merge(self, tokens: Tokens) -> MergedTokens:
         """What the prior reads."""
-        merged: MergedTokens = self.merger(tokens)
-        return replace(merged, values=F.pad(merged.values, self.place)) if any(self.place) else merged
+        return self.placed_merger(tokens)
+
+    @property
+    def placed_merger(self) -> PlacedMerger:
+        """The merger with its output where the prior reads it; reads and encodes what a backbone is given, too."""
+        merger: Any = self.merger
+        return PlacedMerger(merger, Block(*self.place))
 
     def load_backbone(self, name_or_path: str | None = None, download: bool = False) -> HFBackbone:
         """The backbone that the model was trained behind, on the model's device.

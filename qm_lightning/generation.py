@@ -56,7 +56,10 @@ class Sampling:
         max_new_tokens: at most so many.
         temperature: 0 = greedy.
         top_p: share of the probability that is drawn from.
-        seed: of all draws.
+        seed: of all draws; any that torch takes.
+
+    Raises:
+        UserError: settings that cannot be sampled from.
     """
 
     max_new_tokens: int = 128
@@ -66,6 +69,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_p, self.max_new_tokens)
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed}; expected a whole number of 64 bits; choose a smaller one")
 
 
 @dataclass
@@ -119,7 +124,7 @@ class Generation:
 
     Attributes:
         rows: one ``Continuation`` per prompt, growing.
-        cost: complete when the iteration has ended.
+        cost: of what was written so far.
 
     Raises:
         UserError: no prompt, an empty one, or one that does not fit the backbone's positions.
@@ -151,12 +156,13 @@ class Generation:
             self.cost.steps += 1
             for row, i in zip(self.rows, token.tolist(), strict=True):
                 self._append(row, i)
+            took = time.perf_counter() - start
             if self.cost.steps == 1:
-                self.cost.first_token_s = time.perf_counter() - start
+                self.cost.first_token_s = took
+            self.cost.further_s = took - self.cost.first_token_s
             yield self.rows
             if all(row.finished for row in self.rows):
                 break
-        self.cost.further_s = time.perf_counter() - start - self.cost.first_token_s
 
     @torch.no_grad()
     def _tokens(self) -> Iterator[Tensor]:

@@ -69,7 +69,11 @@ def model_card(config: Mapping[str, Any], weights: int) -> str:
         "",
         *("    " + line if line else "" for line in "\n\n".join(uses).splitlines()),
         "",
-        *(["On the command line: `python train.py generate . --prompt TEXT`.", ""] if config["text"] else []),
+        *(
+            f"On the command line: `python train.py generate .{f' --modality {n}' if several else ''} --prompt TEXT`.\n"
+            for n, path in paths.items()
+            if path["text"]
+        ),
         f"Made by qm_lightning {config['versions']['qm_lightning']}, torch {config['versions']['torch']}.",
         "",
     ]

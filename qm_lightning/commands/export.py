@@ -72,10 +72,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _text(data: dict[str, Any]) -> dict[str, Any] | None:
-    """How a run on text reads and writes it; ``None``: other data."""
-    if data["class_path"].rpartition(".")[2] != "TextDataModule":
+    """How a run on text reads and writes it, by the name of the part in a mixture; ``None``: other data."""
+    kind, options = data["class_path"].rpartition(".")[2], data["init_args"]
+    if kind == "MixtureDataModule":
+        parts = {name: _text(part) for name, part in options["parts"].items()}
+        return {name: text for name, text in parts.items() if text is not None}
+    if kind != "TextDataModule":
         return None
-    options = data["init_args"]
     return {"tokenizer": options.get("tokenizer", "bytes"), "targets": options.get("targets", "stored")}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from datamodules.text import TextDataModule
     from qm_lightning.generation import Cost, Generation, Parts
+
+INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 EXAMPLE = """\
 example:
@@ -60,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--ckpt_path", help="best, last or a file (default: best if there is one, else last)"
     )
+    options.add_argument(
+        "--modality",
+        metavar="NAME",
+        help="which part writes, where several read text (default: the only one)",
+    )
     options.add_argument("--backbone", help="folder or name of the backbone, if it has moved")
     options.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     return options
@@ -75,7 +83,9 @@ def main(argv: Sequence[str]) -> int:
         0; mistakes raise ``UserError``.
     """
     options = parser().parse_args(argv)
-    texts = [text.encode() for text in options.prompt] + [_read(name) for name in options.prompt_file]
+    # As the shell gave them: bytes that are not UTF-8 are refused further down, by one line.
+    typed = [text.encode("utf-8", "surrogateescape") for text in options.prompt]
+    texts = typed + [_read(name) for name in options.prompt_file]
     from qm_lightning.export import is_export
     from qm_lightning.generation import Generation, Sampling
 
@@ -90,9 +100,13 @@ def main(argv: Sequence[str]) -> int:
         options.stop,
     )
     print(writer.origin, file=sys.stderr, flush=True)
-    _show(generation)
+    try:
+        whole = _show(generation)
+    except BrokenPipeError:  # whoever read the text has enough, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     print(summary(generation.cost, len(generation.rows)), file=sys.stderr, flush=True)
-    return 0
+    return 0 if whole else INTERRUPTED
 
 
 @dataclass(frozen=True)
@@ -107,15 +121,50 @@ class _Writer:
 
 def _from_run(options: argparse.Namespace) -> _Writer:
     from datamodules.text import TextDataModule
+    from qm_lightning.modules import MultimodalModule
     from qm_lightning.runtime.trained_run import open_trained_run
 
     run = open_trained_run(options.run_dir, options.ckpt_path, options.backbone, options.device)
-    if not isinstance(run.data, TextDataModule):
+    parts: Parts = run.module
+    data = run.data
+    if isinstance(run.module, MultimodalModule):
+        texts = [name for name, part in data.parts.items() if isinstance(part, TextDataModule)]
+        name = _chosen(options.modality, texts, options.run_dir)
+        parts, data = run.module.view(name), data.parts[name]
+    else:
+        _refuse_modality(options)
+    if not isinstance(data, TextDataModule):
         raise UserError(
-            f"the run was trained on {type(run.data).__name__}; expected TextDataModule, which knows how to read "
+            f"the run was trained on {type(data).__name__}; expected TextDataModule, which knows how to read "
             "a prompt; use `train.py predict` for runs on other data"
         )
-    return _Writer(run.module, run.data, run.module.eos_id, f"step {run.step} of {run.checkpoint}")
+    return _Writer(parts, data, run.module.eos_id, f"step {run.step} of {run.checkpoint}")
+
+
+def _chosen(asked: str | None, texts: list[str], directory: Path) -> str:
+    """The part that writes: the one asked for, or the only one that reads text."""
+    if not texts:
+        raise UserError(
+            f"no part of {directory} reads text; expected one on TextDataModule, which knows how to read a prompt; "
+            "use `train.py predict` for runs on other data"
+        )
+    if asked is None and len(texts) == 1:
+        return texts[0]
+    if asked not in texts:
+        found = "no --modality was given" if asked is None else f"--modality {asked} was given"
+        raise UserError(
+            f"{found} and the parts of {directory} that read text are {', '.join(texts)}; expected one of them; "
+            f"add --modality {texts[0]}"
+        )
+    return asked
+
+
+def _refuse_modality(options: argparse.Namespace) -> None:
+    if options.modality is not None:
+        raise UserError(
+            f"--modality {options.modality} was given and {options.run_dir} has one part only; expected no "
+            "--modality; leave it out"
+        )
 
 
 def _from_export(options: argparse.Namespace) -> _Writer:
@@ -129,12 +178,13 @@ def _from_export(options: argparse.Namespace) -> _Writer:
             f"{options.run_dir} is an export, which holds one set of weights, and --ckpt_path {options.ckpt_path} "
             "was given; expected the directory of a training; leave --ckpt_path out"
         )
-    if "paths" in read_config(options.run_dir):
-        raise UserError(
-            f"{options.run_dir} is an export of several modalities; expected one of text alone; open it from Python "
-            "with from_pretrained(..., modality=NAME)"
-        )
-    model = from_pretrained(options.run_dir, device=options.device)
+    paths, name = read_config(options.run_dir).get("paths"), None
+    if paths is None:
+        _refuse_modality(options)
+    else:
+        texts = [name for name, path in paths.items() if path["backbone"]["modality"] == "text"]
+        name = _chosen(options.modality, texts, options.run_dir)
+    model = from_pretrained(options.run_dir, modality=name, device=options.device)
     text: dict[str, Any] | None = model.config.get("text")
     if text is None:
         raise UserError(
@@ -149,7 +199,8 @@ def _from_export(options: argparse.Namespace) -> _Writer:
         tokenizer=options.backbone if moved else text["tokenizer"],
         targets=text["targets"],
     )
-    parts = WritingParts(model.load_backbone(options.backbone), model.merger, model.prior)
+    merger = model.merger if name is None else model.placed_merger
+    parts = WritingParts(model.load_backbone(options.backbone), merger, model.prior)
     step = model.config["facts"].get("step", "?")
     return _Writer(parts, data, model.config["eos_id"], f"step {step}, exported to {options.run_dir}")
 
@@ -185,20 +236,28 @@ def _tokenize(texts: Sequence[bytes], data: TextDataModule) -> list[Tensor]:
     return ids
 
 
-def _show(generation: Generation) -> None:
-    """Print one continuation letter by letter; of several the first, and the others when they are done."""
-    several = len(generation.rows) > 1
+def _show(generation: Generation) -> bool:
+    """Print one continuation letter by letter; of several the first, and the others when they are done.
+
+    Returns:
+        Whether it came to its end: Ctrl-C ends the writing, and what was written by then is shown.
+    """
+    several, whole = len(generation.rows) > 1, True
     shown = 0
     if several:
         print("--- prompt 1", flush=True)
-    for rows in generation:
-        text = generation.settled(rows[0])
-        sys.stdout.write(text[shown:])
-        sys.stdout.flush()
-        shown = max(shown, len(text))
+    try:
+        for rows in generation:
+            text = generation.settled(rows[0])
+            sys.stdout.write(text[shown:])
+            sys.stdout.flush()
+            shown = max(shown, len(text))
+    except KeyboardInterrupt:
+        whole = False
     print(flush=True)
     for number, row in enumerate(generation.rows[1:], start=2):
         print(f"--- prompt {number}\n{row.text}", flush=True)
+    return whole
 
 
 def summary(cost: Cost, prompts: int) -> str:

@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qm_lightning.backbones import HFBackbone, WordVectors
 from qm_lightning.errors import UserError
 from qm_lightning.losses import collapse_variance
 from qm_lightning.merging import Merger
+from qm_lightning.merging.placed import Block, PlacedMerger
 from qm_lightning.metrics import QualityMetrics
 from qm_lightning.modules.compiling import CompileOptions
 from qm_lightning.modules.optim import OptimizerOptions
@@ -37,22 +37,6 @@ class ModalityPath:
     backbone: HFBackbone
     merger: Merger
     context: WordVectors | None = None
-
-
-@dataclass(frozen=True)
-class Block:
-    """A modality's own coordinates in the prior's input; the others are zero.
-
-    The prior's first layer then has weights of its own for every modality, and nothing between a frozen backbone
-    and the alignment targets can be learned, so these cannot collapse.
-    """
-
-    before: int
-    after: int
-
-    def place(self, values: Tensor) -> Tensor:
-        """[...,D] -> [..., before + D + after]."""
-        return F.pad(values, (self.before, self.after))
 
 
 class BackboneSet(nn.ModuleDict):
@@ -79,29 +63,6 @@ class MergerSet(nn.ModuleDict):
 
     def prepare(self, backbone: BackboneSet) -> None:
         """Nothing: each was prepared for its own backbone."""
-
-
-class PlacedMerger:
-    """A modality's merger whose output has the width of the prior."""
-
-    def __init__(self, merger: Merger, block: Block) -> None:
-        self._merger, self._block = merger, block
-        self.inside = getattr(merger, "inside", False)
-
-    def __call__(self, tokens: Tokens) -> MergedTokens:
-        """Merge the backbone's tokens."""
-        return self._placed(self._merger(tokens))
-
-    def read(self, backbone: Any, inputs: dict[str, Tensor]) -> Tokens:
-        """As ``Merger.read``."""
-        return self._merger.read(backbone, inputs)
-
-    def encode(self, backbone: Any, inputs: dict[str, Tensor], plain: Tokens | None = None) -> MergedTokens:
-        """As ``Merger.encode``."""
-        return self._placed(self._merger.encode(backbone, inputs, plain))
-
-    def _placed(self, merged: MergedTokens) -> MergedTokens:
-        return replace(merged, values=self._block.place(merged.values))
 
 
 class ModalityView(nn.Module):

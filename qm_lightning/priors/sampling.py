@@ -37,7 +37,9 @@ def next_token(logits: Tensor, temperature: float, top_p: float, generator: torc
     if temperature == 0.0:
         return logits.argmax(dim=-1)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    probabilities = (logits / temperature).softmax(dim=-1)
+    # From the largest one, and by no less than a float holds: a temperature near 0 then is greedy, not NaN.
+    heights = logits - logits.amax(dim=-1, keepdim=True)
+    probabilities = (heights / max(temperature, torch.finfo(logits.dtype).tiny)).softmax(dim=-1)
     if top_p < 1.0:
         ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
         # A token stays if the ones before it do not reach top_p yet: the likeliest always does.

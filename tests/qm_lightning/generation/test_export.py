@@ -17,6 +17,7 @@ from qm_lightning.cli import main
 from qm_lightning.described import describe, make
 from qm_lightning.errors import UserError
 from qm_lightning.export import from_pretrained, save_pretrained
+from qm_lightning.generation import Generation, Sampling, WritingParts
 from qm_lightning.merging import FixedBudget, MassBudget, Merger, QuickMerge
 from qm_lightning.modules import MultimodalModule, QuickMergeModule
 from qm_lightning.modules.multimodal import ModalityPath
@@ -157,9 +158,25 @@ def test_several_modalities(work: Work, tmp_path: Path) -> None:
             from_pretrained(tmp_path / "m", modality=modality)
 
 
+def test_a_part_of_a_mixture_writes_what_its_view_writes(work: Work, tmp_path: Path) -> None:
+    """Its merged tokens lie in coordinates of their own, and those of the other part would be other text."""
+    run = open_trained_run(work.mixture_run())
+    torch.nn.init.normal_(run.module.prior.head.weight, std=1.0)
+    save_pretrained(run.module, tmp_path / "m")
+    assert isinstance(run.module, MultimodalModule)
+    written = []
+    for name in ("first", "second"):
+        view, model = run.module.view(name), from_pretrained(tmp_path / "m", modality=name)
+        exported = WritingParts(model.load_backbone(), model.placed_merger, model.prior)
+        for parts in (view, exported):
+            generation = Generation(parts, list(IDS), lambda ids: "", Sampling(8, temperature=0.0))
+            *_, rows = generation
+            written.append(rows[0].ids)
+    assert written[0] == written[1] != written[2] == written[3]
+
+
 def test_the_run_of_a_mixture(work: Work, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", *work.mixture_options("mixture")]) == 0
-    run = str(work.root / "mixture")
+    run = str(work.mixture_run())
     assert main(["export", run, "--out", str(tmp_path / "m")]) == 0
     model = from_pretrained(tmp_path / "m", modality="second")
     weights = open_trained_run(Path(run)).module.state_dict()
@@ -167,11 +184,24 @@ def test_the_run_of_a_mixture(work: Work, tmp_path: Path, capsys: pytest.Capture
         name: x.shape for name, x in weights.items() if name.startswith("prior.")
     }
     assert all(torch.equal(x, weights[f"prior.{name}"]) for name, x in model.prior.state_dict().items())
+    writing = ["--prompt", "import os", "x", "--modality", "second", "--max_new_tokens", "4"]
+    written = []
+    for source in (run, str(tmp_path / "m")):
+        capsys.readouterr()
+        assert main(["generate", source, *writing]) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1]
+    assert written[0].startswith("--- prompt 1\n")
+    assert "generate . --modality second --prompt TEXT" in (tmp_path / "m/README.md").read_text()
     capsys.readouterr()
     for call, expected in (
         (["export", run, "--out", str(tmp_path / "n"), "--backbone", "x"], "a backbone for each modality"),
-        (["generate", run, "--prompt", "a"], "was trained on MixtureDataModule; expected TextDataModule"),
-        (["generate", str(tmp_path / "m"), "--prompt", "a"], "is an export of several modalities"),
+        (["generate", run, "--prompt", "a"], "no --modality was given and the parts of"),
+        (
+            ["generate", run, "--prompt", "a", "--modality", "third"],
+            "read text are first, second; expected one",
+        ),
+        (["generate", str(tmp_path / "m"), "--prompt", "a"], "read text are first, second; expected one"),
     ):
         assert main(call) == 2
         assert expected in capsys.readouterr().err.strip().splitlines()[-1]

@@ -1,6 +1,10 @@
 """``train.py generate`` in both modes, and its mistakes."""
 
+import itertools
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -137,7 +141,7 @@ def test_exports_that_cannot_write(
     for name, extra, expected in (
         ("m", [], "does not say how its text is read"),
         ("m", ["--ckpt_path", "last"], "is an export"),
-        ("n", [], "is an export of several modalities"),
+        ("n", [], "no part of"),
     ):
         assert main(["generate", str(tmp_path / name), "--prompt", "a", *extra]) == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -158,6 +162,12 @@ def test_exports_that_cannot_write(
         (["--prompt", "a", "--ckpt_path", "nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
         (["--prompt", "a", "--backbone", "./nowhere"], "nowhere"),
         (["--prompt", "a", "--device", "teapot"], "--device teapot"),
+        (
+            ["--prompt", "a", "--seed", "9" * 20],
+            "seed=99999999999999999999; expected a whole number of 64 bits",
+        ),
+        (["--prompt", "a\udcff"], "prompt 1 is not UTF-8 (invalid start byte at byte 1)"),
+        (["--prompt", "a", "--modality", "text"], "has one part only; expected no --modality"),
         (["--prompt", "a", "--temprature", "1"], "--temprature"),
     ],
 )
@@ -168,6 +178,41 @@ def test_mistakes_are_one_line(
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ")
     assert expected in line
+
+
+def test_a_reader_that_has_enough_ends_the_writing(streaming_run: Path) -> None:
+    command = "from qm_lightning.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+    call = [sys.executable, "-c", command, "generate", str(streaming_run), "--prompt", "a", "--seed", "1"]
+    with subprocess.Popen(
+        [*call, "--max_new_tokens", "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        said = process.stderr.read().decode()
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+
+
+def test_ctrl_c_shows_what_was_written(
+    streaming_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(generation: Generation) -> Iterator[object]:
+        written = each(generation)
+        yield from itertools.islice(written, 3)
+        raise KeyboardInterrupt
+
+    each = Generation.__iter__
+    capsys.readouterr()
+    call = ["generate", str(streaming_run), "--prompt", "import os", "x", "--temperature", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Generation, "__iter__", interrupted)
+        assert main([*call, "--max_new_tokens", "20"]) == 130
+    out, err = capsys.readouterr()
+    written = write(open_trained_run(streaming_run), [b"x"], temperature=0.0, max_new_tokens=3)
+    assert out.partition("--- prompt 2\n")[2] == written.rows[0].text + "\n"
+    assert "tokens/s over 2 prompt(s)" in err
 
 
 def test_a_long_prompt_of_the_conditioning_mode_is_refused(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from qm_lightning.cli import main
+
 CONFIGS = Path(__file__).parents[3] / "configs"
 QUIET = [
     "--trainer.enable_progress_bar",
@@ -37,6 +39,12 @@ class Work:
         config["data"] = {"class_path": "datamodules.TextDataModule"}
         file.write_text(yaml.safe_dump(config))
         return self._common(run, file, "pairs")
+
+    def mixture_run(self) -> Path:
+        """A trained mixture, made at the first call."""
+        if not (self.root / "mixture/checkpoints/last.ckpt").exists():
+            assert main(["fit", *self.mixture_options("mixture")]) == 0
+        return self.root / "mixture"
 
     def mixture_options(self, run: str) -> list[str]:
         """One prior for two parts, which are the same text."""

@@ -35,6 +35,13 @@ def test_cache_changes_no_token(prior: ARPrior, coordinates: int, temperature: f
     assert torch.equal(cached, whole)
 
 
+def test_temperatures_near_zero_are_greedy() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0], [900.0, -5.0, 0.0]])
+    for temperature in (1e-6, 1e-40, 5e-324):
+        drawn = next_token(logits, temperature, 1.0, seeded())
+        assert drawn.tolist() == [1, 0]
+
+
 def test_greedy_generation_is_the_teacher_forced_argmax(prior: ARPrior) -> None:
     merged = make_merged([6, 2])
     tokens = prior.generate(merged, 9, temperature=0.0)
