@@ -136,7 +136,7 @@ class QuickMerge(BudgetMerger):
     def compress(
         cls,
         hidden_states: Tensor,
-        attention: AttentionStats | Sequence[Tensor],
+        attention: AttentionStats | Tensor | Sequence[Tensor],
         mask: Tensor | None = None,
         budget: Budget | None = None,
     ) -> MergedTokens:
@@ -144,22 +144,56 @@ class QuickMerge(BudgetMerger):
 
         Args:
             hidden_states: [B,N,D] float.
-            attention: statistics, or attention weights after the softmax, [B,heads,N,N] for each layer.
-            mask: [B,N] bool, True = real token; ``None``: all are.
+            attention: statistics, or attention weights after the softmax, [B,heads,N,N] for each layer or of one.
+            mask: [B,N] bool or 0/1, True = real token; ``None``: all are.
             budget: tokens left per sample; ``None``: ``EntropyBudget()``.
 
         Returns:
             The merged tokens.
+
+        Raises:
+            UserError: no attention weights, or shapes that do not fit each other.
         """
+        if hidden_states.ndim != 3:
+            raise UserError(
+                f"hidden_states has shape {list(hidden_states.shape)}; expected [B,N,D]; give a batch, of one sample "
+                "hidden_states[None]"
+            )
         B, N, _ = hidden_states.shape
         device = hidden_states.device
         mask = torch.ones(B, N, dtype=torch.bool, device=device) if mask is None else mask.bool()
+        if mask.shape != (B, N):
+            raise UserError(
+                f"mask has shape {list(mask.shape)} and hidden_states {list(hidden_states.shape)}; expected "
+                f"{[B, N]}; give the mask of the same tokens"
+            )
         if not isinstance(attention, AttentionStats):
-            attention = stats_of_weights(attention, mask)
+            layers = [attention] if isinstance(attention, Tensor) else list(attention or ())
+            check_weights(layers, B, N)
+            attention = stats_of_weights(layers, mask)
         positions = torch.arange(N, device=device).expand(B, N).unsqueeze(-1)
         merger = cls(budget=budget).to(device).eval()
         merged: MergedTokens = merger(Tokens(hidden_states, mask, positions, attention))
         return merged
+
+
+def check_weights(layers: Sequence[Tensor | None], samples: int, tokens: int) -> None:
+    """Refuse attention weights that a model did not write out, or those of other tokens.
+
+    Raises:
+        UserError: there are none, or their shape is not [B,heads,N,N].
+    """
+    if not layers or any(w is None for w in layers):
+        raise UserError(
+            "found no attention weights; expected [B,heads,N,N] for each layer; load the model with "
+            'attn_implementation="eager" and call it with output_attentions=True'
+        )
+    for w in layers:
+        if w is not None and (w.ndim != 4 or w.shape[0] != samples or w.shape[2:] != (tokens, tokens)):
+            raise UserError(
+                f"attention weights have shape {list(w.shape)}; expected [{samples}, heads, {tokens}, {tokens}], as "
+                "hidden_states has; give both of the same tokens"
+            )
 
 
 def stats_of_weights(weights: Sequence[Tensor], mask: Tensor) -> AttentionStats:
