@@ -95,7 +95,8 @@ class Cost:
     Attributes:
         first_token_s: seconds to the first token; backbone, merger and prior.
         further_s: seconds for all further tokens.
-        steps: tokens written for each prompt.
+        steps: of the writing; each writes a token after every prompt whose continuation is not finished.
+        further: tokens written in all steps but the first, end tokens included.
         tokens: of the texts that the merger read, all prompts together.
         merged: merged tokens made of them.
         cache_bytes: of the prior's keys and values for the merged tokens.
@@ -105,6 +106,7 @@ class Cost:
     first_token_s: float = 0.0
     further_s: float = 0.0
     steps: int = 0
+    further: int = 0
     tokens: int = 0
     merged: int = 0
     cache_bytes: int = 0
@@ -154,6 +156,8 @@ class Generation:
         start = time.perf_counter()
         for token in self._tokens():
             self.cost.steps += 1
+            if self.cost.steps > 1:
+                self.cost.further += sum(not row.finished for row in self.rows)
             for row, i in zip(self.rows, token.tolist(), strict=True):
                 self._append(row, i)
             took = time.perf_counter() - start

@@ -262,7 +262,7 @@ def _show(generation: Generation) -> bool:
 
 def summary(cost: Cost, prompts: int) -> str:
     """What the generation took, in one line."""
-    speed = (cost.steps - 1) * prompts / cost.further_s if cost.steps > 1 else 0.0
+    speed = cost.further / cost.further_s if cost.further else 0.0
     return (
         f"first token {cost.first_token_s:.3f} s, then {speed:.1f} tokens/s over {prompts} prompt(s); "
         f"{cost.tokens} tokens merged to {cost.merged} ({cost.tokens / max(1, cost.merged):.2f}x); "

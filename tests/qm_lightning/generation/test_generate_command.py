@@ -67,8 +67,13 @@ def test_stop_texts_and_end_tokens_end_a_continuation(run: TrainedRun) -> None:
 
 
 def test_the_cost_counts_tokens_and_cache(run: TrainedRun) -> None:
-    cost = write(run, PROMPTS[:2], temperature=0.0).cost
-    assert cost.steps == 6
+    generation = write(run, PROMPTS[:2], temperature=0.0)
+    cost = generation.cost
+    assert (cost.steps, cost.further) == (6, 10)
+    stop = generation.rows[0].text[:1]
+    ended = write(run, PROMPTS[:2], stop, temperature=0.0)
+    assert len(ended.rows[0].ids) == 1
+    assert ended.cost.further == len(ended.rows[1].ids) - 1  # a finished row writes nothing more
     assert 0 < cost.merged < cost.tokens
     assert 0 < cost.cache_bytes < cost.unmerged_cache_bytes
     prior = run.module.prior
