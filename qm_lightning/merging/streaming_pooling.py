@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from qm_lightning.errors import UserError
 from qm_lightning.merging.budget import Budget
 from qm_lightning.merging.noise import uniform
-from qm_lightning.merging.streaming_base import StreamingMerger, merge_spans
+from qm_lightning.merging.streaming_base import StreamingMerger, cap_spans, merge_spans
+from qm_lightning.merging.streaming_threshold import ClosingThreshold
 from qm_lightning.ranks import global_mean
 from qm_lightning.tokens import MergedTokens, Tokens
 
@@ -22,6 +23,10 @@ class DynamicPooling(StreamingMerger):
     loss ``boundaries`` is the binomial negative log-likelihood of their number per token, with one over the
     compression as the chance of each. The network's gradient is that of each token's weight in its span
     (straight-through; ours).
+
+    In evaluation nothing is drawn, and a boundary as likely as the prior says would never exceed one half: spans
+    would end at ``max_span`` alone. The likeliest tokens close them instead, those above a threshold at which the
+    network's undrawn decisions of the training met the compression (ours).
 
     Args:
         budget: ``FixedBudget(compression)``.
@@ -48,6 +53,7 @@ class DynamicPooling(StreamingMerger):
         self.norm: nn.LayerNorm | None = None
         self.predictor: nn.Module | None = None
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.threshold = ClosingThreshold(self.compression, 0.0)
         if input_dim is not None:
             self.build(input_dim, 0)
 
@@ -70,15 +76,21 @@ class DynamicPooling(StreamingMerger):
         if self.norm is None or self.predictor is None:
             raise UserError("DynamicPooling needs the width of the tokens: pass input_dim=")
         logits = self.predictor(self.norm(tokens.values.to(self.norm.weight.dtype))).squeeze(-1)
-        if self.training:
-            logits = (logits + self._noise(tokens).to(logits.dtype)) / self.temperature
-        p = logits.sigmoid()
+        if not self.training:
+            return merge_spans(tokens, self.threshold(logits), torch.ones_like(logits), self.max_span)
+        p = ((logits + self._noise(tokens).to(logits.dtype)) / self.temperature).sigmoid()
         closes = p > 0.5 if self.compression > 1.0 else torch.ones_like(tokens.mask)
         losses = {}
-        if self.training and self.compression > 1.0:
+        if self.compression > 1.0:
             chosen = closes.to(p.dtype) + (p - p.detach())
             losses["boundaries"] = self.prior_weight * self.boundary_loss(chosen, tokens.mask)
+            self._adapt(logits, tokens.mask)
         return merge_spans(tokens, closes, 1.0 + (p - p.detach()), self.max_span, losses)
+
+    def _adapt(self, logits: Tensor, mask: Tensor) -> None:
+        """Move the threshold of the evaluation by one step; logits [B,N], mask [B,N] bool."""
+        spans = cap_spans(self.threshold(logits), self.max_span) & mask
+        self.threshold.adapt(logits, mask, spans.sum(dim=1))
 
     def _noise(self, tokens: Tokens) -> Tensor:
         """Logistic noise [B,N]: the difference of two Gumbel draws."""

@@ -135,7 +135,9 @@ def test_ratio_loss_by_hand(share: float, want: float) -> None:
     starts = torch.zeros(1, 20, dtype=torch.bool)
     starts[:, : int(20 * share)] = True
     mask = torch.ones(1, 20, dtype=torch.bool)
-    assert float(router.ratio_loss(torch.full((1, 20), share), starts, mask)) == pytest.approx(want, rel=1e-5)
+    chosen = router.start_share(starts, mask)
+    assert float(chosen) == pytest.approx(share)
+    assert float(router.ratio_loss(torch.full((1, 20), share), chosen, mask)) == pytest.approx(want, rel=1e-5)
 
 
 def test_boundary_loss_is_binomial() -> None:
@@ -172,7 +174,12 @@ def test_the_controller_meets_the_compression_and_rests_in_evaluation(compressio
 
 
 @pytest.mark.parametrize(
-    "merger", [StreamingQuickMerge(FixedBudget(3.0)), EntropyThreshold(vocab_size=9, input_dim=6)]
+    "merger",
+    [
+        StreamingQuickMerge(FixedBudget(3.0)),
+        EntropyThreshold(vocab_size=9, input_dim=6),
+        DynamicPooling(FixedBudget(3.0), input_dim=6),
+    ],
 )
 def test_training_moves_the_threshold_and_evaluation_does_not(merger: Merger) -> None:
     before = merger.threshold.threshold.clone()
@@ -181,6 +188,52 @@ def test_training_moves_the_threshold_and_evaluation_does_not(merger: Merger) ->
     merger.train()(random_tokens())
     assert not torch.equal(merger.threshold.threshold, before)
     assert "threshold.threshold" in merger.state_dict()
+
+
+def test_the_aim_of_the_router_follows_its_starts() -> None:
+    router = LearnedRouter(FixedBudget(4.0), gain=0.5, input_dim=6)
+    assert float(router.aim.sigmoid()) == pytest.approx(0.25)
+    router.eval()(random_tokens())
+    for share, moved in (
+        (0.25, 0.0),
+        (0.5, -0.5),
+        (1.0, -0.5),
+        (0.125, 0.25),
+    ):  # never more than twice too many
+        before = router.aim.clone()
+        router.adapt(torch.tensor(share))
+        assert float(router.aim - before) == pytest.approx(moved)
+    assert "aim" in router.state_dict()
+
+
+def words(seed: int, batch: int = 16) -> Tokens:
+    """Noisy words of a small vocabulary, much alike to begin with."""
+    vocabulary = torch.randn(12, 16, generator=torch.Generator().manual_seed(1)) + 1.0
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 12, (batch, 64), generator=draw)
+    return make_tokens(vocabulary[ids] + 0.3 * torch.randn(batch, 64, 16, generator=draw))
+
+
+@pytest.mark.parametrize("compression", [2.37, 4.0])
+@pytest.mark.parametrize("cls", [LearnedRouter, DynamicPooling])
+def test_learned_spans_hold_the_compression(
+    cls: type[LearnedRouter | DynamicPooling], compression: float
+) -> None:
+    """Against a loss that gains by every further span."""
+    torch.manual_seed(0)
+    merger, steps = cls(FixedBudget(compression), input_dim=16).train(), 200
+    optimizer = torch.optim.AdamW(merger.parameters(), lr=1e-2)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        tokens = words(step)
+        merged = merger(tokens)
+        loss = (merged.unmerge() - tokens.values).square().mean() + sum(merged.losses.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+    merged = merger.eval()(words(10**6, batch=128))
+    assert merged.assignment.numel() / float(merged.mask.sum()) == pytest.approx(compression, rel=0.1)
 
 
 def test_losses_and_gradients_in_training_only() -> None:
