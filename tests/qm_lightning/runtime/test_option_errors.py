@@ -36,6 +36,7 @@ def test_other_messages_become_one_line() -> None:
             "found --model.merger.budget.compresion, which that class does not take; "
             "expected one of its arguments; did you mean compression?",
         ),
+        (["--model.merger", "tome"], "found --model.merger tome, which is no class that goes there"),
         (
             ["--model.prior.xyz", "3"],
             "found --model.prior.xyz, which that class does not take; expected one of dim, depth, heads",
