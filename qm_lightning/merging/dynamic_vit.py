@@ -16,6 +16,8 @@ from qm_lightning.merging.noise import Noise
 from qm_lightning.merging.select import top_mask
 from qm_lightning.tokens import MergedTokens, Tokens
 
+LEAK = 1e-4  # how much a dropped token weighs in training: its gate's gradient is divided by it
+
 
 class KeepPredictor(nn.Module):
     """Half of the features of each token and half of their mean over the sample -> (keep, drop).
@@ -61,11 +63,11 @@ class KeepPredictor(nn.Module):
 class DynamicViT(BudgetMerger):
     """Keeps the K tokens of highest keep-probability.
 
-    In training each token draws a straight-through Gumbel gate. The published method masks dropped tokens
-    in the attention of the layers that follow and keeps them in the tensor; here the K tokens of highest
-    noisy log-odds leave the merger, as in evaluation, and their gates scale their values and their sizes
-    (the size acts in the prior's attention just as the published mask does). Dropped tokens learn from the
-    ratio loss ``mean_b (K/N - mean_n gate)^2``, in which all gates take part.
+    In training each token draws a straight-through Gumbel gate, and all N tokens leave the merger: a dropped
+    one has the size ``LEAK`` in place of its own. The size weighs a token in the prior's attention, so this is
+    the published mask: next to nobody sees a dropped token, and its gate gets the gradient of being seen.
+    (Where only kept tokens leave, the predictor never learns that a dropped one was missing: on digit scenes it
+    then preferred the background.) In evaluation dropped tokens are gone.
 
     Args:
         budget: tokens kept per sample; ``None``: ``FixedBudget()``.
@@ -98,23 +100,21 @@ class DynamicViT(BudgetMerger):
             self.predictor = KeepPredictor(input_dim)
 
     def forward(self, tokens: Tokens) -> MergedTokens:
-        """The kept tokens, in order; in training with the loss ``ratio``."""
+        """The kept tokens, in order; in training all of them, the dropped ones faint, with the loss ``ratio``."""
         if self.predictor is None:
             raise UserError("DynamicViT needs the width of the tokens: pass input_dim=")
         free = tokens.mask if tokens.protected is None else tokens.mask & ~tokens.protected
         scores = self.predictor(tokens.values, free)
         counts = self.counts(tokens)
-        slots = self.slots(tokens, counts)
         if not self.training:
-            return prune(tokens, top_mask(scores, tokens.mask, counts, tokens.protected), slots)
-        scores = scores + self.noise.logistic(tokens).to(scores.dtype)
-        chosen = top_mask(scores, tokens.mask, counts, tokens.protected)
-        gates = self._gates(scores, free)
-        slope = gates - gates.detach()  # zero, with the gradient of the sigmoid
-        merged = prune(_gated(tokens, slope), chosen, slots)
-        passed = slope.gather(1, merged.anchors) if merged.anchors is not None else slope
+            chosen = top_mask(scores, tokens.mask, counts, tokens.protected)
+            return prune(tokens, chosen, self.slots(tokens, counts))
+        gates = self._gates(scores + self.noise.logistic(tokens).to(scores.dtype), free)
         loss = self._ratio_loss(gates, free, counts - (tokens.mask & ~free).sum(1))
-        return replace(merged, size=merged.size * (1.0 + passed), losses={"ratio": loss})
+        # A real token stays where it is, so gates fit the merged tokens as they are.
+        merged = prune(tokens, tokens.mask, tokens.mask.shape[1])
+        seen = torch.where(free, LEAK + (1.0 - LEAK) * gates, 1.0)
+        return replace(merged, size=merged.size * seen, losses={"ratio": loss})
 
     def decide(self, tokens: Tokens, policy: Tensor) -> tuple[Tensor, Tensor]:
         """Gates of one stage between the layers of a backbone, where dropped tokens stay in the tensor.
@@ -152,7 +152,3 @@ class DynamicViT(BudgetMerger):
     def _ratio_loss(self, gates: Tensor, free: Tensor, wanted: Tensor) -> Tensor:
         total = free.sum(1).clamp(min=1).to(gates.dtype)
         return self.ratio_weight * (wanted / total - gates.sum(1) / total).square().mean()
-
-
-def _gated(tokens: Tokens, slope: Tensor) -> Tokens:
-    return replace(tokens, values=tokens.values * (1.0 + slope).unsqueeze(-1).to(tokens.values.dtype))

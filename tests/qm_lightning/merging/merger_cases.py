@@ -40,6 +40,7 @@ class Case:
         averages: groups are size-weighted means, so first moments are kept.
         plain_values: every output is one of the inputs, untouched.
         budgeted: it takes a budget.
+        masks: in training dropped tokens stay in the tensor, next to unseen, so counts hold in evaluation.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Case:
     averages: bool = False
     plain_values: bool = False
     budgeted: bool = True
+    masks: bool = False
 
 
 # A new merger joins the property suite with one line here.
@@ -77,7 +79,7 @@ CASES = [
     Case("ToFu-mean", lambda b: ToFu(b, mode="mean"), keeps_mass=True, averages=True),
     Case("PiToMe", lambda b: PiToMe(b), keeps_mass=True, averages=True),
     Case("EViT", lambda b: EViT(b), keeps_mass=True),
-    Case("DynamicViT", lambda b: DynamicViT(b, input_dim=DIM).double(), plain_values=True),
+    Case("DynamicViT", lambda b: DynamicViT(b, input_dim=DIM).double(), plain_values=True, masks=True),
     Case("SCOPE", lambda b: SCOPE(b), plain_values=True),
     Case("SCOPE-uniform", lambda b: SCOPE(b, by="uniform"), plain_values=True),
     Case("TrimTokenator", lambda b: TrimTokenator(b), plain_values=True),
