@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 
+from datamodules.shards.loader import StreamLoader
 from qm_lightning import __version__
 from qm_lightning.costs import measure_cost
 from qm_lightning.modules.multimodal import MultimodalModule
@@ -73,13 +74,14 @@ def write_results(
     if not isinstance(module, MultimodalModule):
         facts = {"experiment": config["name"], "modality": datamodule.modality}
         facts |= _facts(arguments["merger"], config["seed_everything"], steps, metrics)
-        _write(run_dir, facts, module, module.device, trainer.test_dataloaders)
+        _write(run_dir, facts, module, module.device, trainer.test_dataloaders, trainer.num_test_batches[0])
         return
-    for name, loader in zip(datamodule.parts, trainer.test_dataloaders or [], strict=True):
+    loaders = zip(datamodule.parts, trainer.test_dataloaders or [], trainer.num_test_batches, strict=True)
+    for name, loader, batches in loaders:
         own = {k.removeprefix(f"{name}/"): v for k, v in metrics.items() if k.startswith(f"{name}/")}
         facts = {"experiment": f"{config['name']}-{name}", "modality": datamodule.parts[name].modality}
         facts |= _facts(arguments["paths"][name]["merger"], config["seed_everything"], steps, own)
-        _write(run_dir / name, facts, module.view(name), module.device, loader)
+        _write(run_dir / name, facts, module.view(name), module.device, loader, batches)
 
 
 def _facts(merger: Any, seed: int, steps: int, metrics: dict[str, float]) -> dict[str, Any]:
@@ -98,12 +100,14 @@ def _facts(merger: Any, seed: int, steps: int, metrics: dict[str, float]) -> dic
     }
 
 
-def _write(folder: Path, facts: dict[str, Any], module: Any, device: torch.device, loader: Any) -> None:
-    """Add what a test loader's first batch costs, and write."""
+def _write(
+    folder: Path, facts: dict[str, Any], module: Any, device: torch.device, loader: Any, batches: int | float
+) -> None:
+    """Add how many samples were tested and what the first batch costs, and write."""
     batch = move_data_to_device(next(iter(loader)), device)
     cost = measure_cost(module, batch)
     folder.mkdir(parents=True, exist_ok=True)
-    samples = getattr(loader, "total", None)
+    samples = loader.samples_in(int(batches)) if isinstance(loader, StreamLoader) else None
     write_json(folder / "results.json", {**facts, "samples": samples, "cost": cost, "versions": versions()})
 
 

@@ -86,9 +86,13 @@ def test_the_main_job(
     results = json.loads((run / "results.json").read_text())
     assert results["steps"] == 6  # those of the training, whatever the command that tests would train for
     assert results["merger"] == "QuickMerge"
+    assert results["samples"] == 10
     assert 0 < results["metrics"]["quality/nats"] < 10
     assert 1 < results["metrics"]["tokens/compression"] < 64
     assert results["cost"]["prior_flops_per_sample"] > 0
+
+    assert main(["test", *base, "--trainer.limit_test_batches", "2", "--data.batch_size", "4"]) == 0
+    assert json.loads((run / "results.json").read_text())["samples"] == 8
 
     assert main(["predict", *base]) == 0
     lines = (run / "predictions.jsonl").read_text().splitlines()

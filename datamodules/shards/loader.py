@@ -131,6 +131,10 @@ class StreamLoader:
         """Samples in an epoch, over all ranks."""
         return self._spec.geometry.total
 
+    def samples_in(self, batches: int) -> int:
+        """Samples of an epoch's first batches, over all ranks."""
+        return min(self.total, batches * self._spec.geometry.step)
+
     def commit(self, progress: tuple[int, int]) -> None:
         """Take a batch as trained: a state saved from now on continues behind it.
 
