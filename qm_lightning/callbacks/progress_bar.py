@@ -30,6 +30,19 @@ class TrainingBar(RichProgressBar):
             self._figures |= {short: float(logged[name]) for name, short in _SHOWN.items() if name in logged}
         return dict(self._figures)
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches of this epoch, or up to ``max_steps``; Lightning forgets those before a resume (``18/14``)."""
+        trainer = self.trainer
+        batches = trainer.num_training_batches
+        if trainer.max_steps < 0:
+            return batches
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if done >= batches:  # of the epoch before
+            done = 0
+        left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        return min(batches, done + left)
+
     def _get_train_description(self, current_epoch: int) -> str:
         """Lightning would write ``Epoch 0/-2`` where the number of epochs is open."""
         text: str = super()._get_train_description(current_epoch)

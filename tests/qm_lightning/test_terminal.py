@@ -42,6 +42,29 @@ def test_an_open_number_of_epochs_is_not_minus_two() -> None:
     assert bar._get_train_description(3).strip() == "Epoch 3/4"
 
 
+@pytest.mark.parametrize(
+    ("step", "max_steps", "accumulate", "done", "want"),
+    [
+        (0, 100, 1, 0, 38),  # a whole epoch
+        (56, 77, 1, 18, 38),  # resumed in its middle, 21 steps are left
+        (69, 77, 1, 31, 38),
+        (76, 77, 1, 38, 1),  # the epoch before had 38; of this one a single step is left
+        (70, 77, 2, 4, 18),
+        (5, -1, 1, 5, 38),
+    ],
+)
+def test_the_bar_ends_where_the_training_ends_also_after_a_resume(
+    step: int, max_steps: int, accumulate: int, done: int, want: int
+) -> None:
+    progress = SimpleNamespace(current=SimpleNamespace(ready=done))
+    bar = TrainingBar()
+    bar._trainer = SimpleNamespace(  # type: ignore[assignment]
+        max_steps=max_steps, global_step=step, accumulate_grad_batches=accumulate, num_training_batches=38,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+    )  # fmt: skip
+    assert bar.total_train_batches == want
+
+
 def test_the_summary_splits_trained_and_frozen() -> None:
     module = nn.Module()
     module.backbone, module.prior, module.metrics = nn.Linear(3, 4), nn.Linear(4, 2), nn.Identity()
