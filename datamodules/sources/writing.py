@@ -49,6 +49,36 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=workers, help=f"writing processes (default {workers})")
 
 
+def refuse_another_recipe(out: Path, wanted: Mapping[str, Any], *, whole: bool) -> None:
+    """Refuse a folder that was prepared otherwise, and say what differs.
+
+    Args:
+        out: the data set's folder.
+        wanted: what the samples follow from, as JSON values.
+        whole: also refuse what `wanted` says nothing about.
+
+    Raises:
+        DataError: something differs.
+    """
+    path = out / RECIPE_NAME
+    if not path.is_file():
+        return
+    found, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(wanted))
+    names = {*found, *wanted} if whole else set(wanted)
+    changed = sorted(k for k in names if found.get(k) != wanted.get(k))
+    if changed == ["counts", "files"] or changed == ["files"]:
+        raise DataError(
+            f"{out} was prepared with another set of files (or other texts) than are there now: {found.get('counts')} "
+            f"samples, now {wanted.get('counts')}; choose another --out, or delete it first"
+        )
+    if changed:
+        said = ", ".join(f"{k} ({found.get(k)}, now {wanted.get(k)})" for k in changed if k != "files")
+        raise DataError(
+            f"{out} was prepared with another {said}; expected the same or an empty folder: choose another --out, or "
+            "delete it first"
+        )
+
+
 def write_splits(
     out: Path,
     splits: Mapping[str, SampleSource],
@@ -76,16 +106,9 @@ def write_splits(
             f"found {counts} samples at {shard_size} a shard, expected at least one of both; check the options"
         )
     wanted = {**recipe, "shard_size": shard_size}
-    path = out / RECIPE_NAME
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if found is not None and found != json.loads(json.dumps(wanted)):
-        changed = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-        raise DataError(
-            f"{out} was prepared with another {', '.join(changed)}; expected the same or an empty folder: "
-            "choose another --out, or delete it first"
-        )
+    refuse_another_recipe(out, wanted, whole=True)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(wanted, indent=2).encode())
+    write_atomic(out / RECIPE_NAME, json.dumps(wanted, indent=2).encode())
     for split, source in splits.items():
         if len(source):
             write_shards(out, split, source, shard_size=shard_size, workers=workers)

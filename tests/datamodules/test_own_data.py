@@ -103,9 +103,59 @@ def test_class_folders(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*command, "--val_share", "0.2", "--test_share", "0.2"]) == 0
     assert "22 of 22 files were checked by an earlier run" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.tar")} == before
-    # another split of the same pictures must not be mixed in
+    # another split of the same pictures must not be mixed in; it is refused before anything is read or overwritten
+    (out / "skipped.jsonl").write_text("mine")
     assert main([*command, "--val_share", "0.3"]) == 2
-    assert "prepared with another" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "prepared with another test_share (0.2, now 0.05), val_share (0.2, now 0.3); " in said.err
+    assert "samples found" not in said.out
+    assert (out / "skipped.jsonl").read_text() == "mine"
+
+
+def test_files_that_nobody_reads_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("owl/a.jpg", "owl/b.png"):
+        save(tmp_path / "in" / name)
+    for name in (
+        "owl/phone.HEIC",
+        "owl/phone2.heic",
+        "owl/paper.pdf",
+        "owl/a.txt",
+        "owl/.DS_Store",
+        "README",
+    ):
+        (tmp_path / "in" / name).write_text("x")
+    assert main(["prepare", "image", "--source", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "4 files left aside, their endings are not read: 2 .heic, 1 .pdf, 1 without an ending" in said
+
+
+def test_other_files_than_before_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "in/owl/a.jpg")
+    command = ["prepare", "image", "--source", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    save(tmp_path / "in/owl/b.jpg")
+    assert main(command) == 2
+    assert "prepared with another set of files" in capsys.readouterr().err
+
+
+def test_each_row_of_a_table_is_a_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Captioned collections have several captions for a picture; the last one must not win unseen."""
+    save(tmp_path / "in" / "a.jpg")
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+    table.write_text("file,caption\n./a.jpg,a fox\na.jpg,a red fox\n")
+    command = [
+        "prepare",
+        "paired",
+        "--source",
+        str(tmp_path / "in"),
+        "--captions",
+        str(table),
+        "--out",
+        str(out),
+    ]
+    assert main([*command, "--val_share", "0", "--test_share", "0"]) == 0
+    assert "2 samples found, 0 files" in capsys.readouterr().out
+    assert samples(out, PairedDataModule(out, 2, size=8)) == {"a": "a fox", "a-2": "a red fox"}
 
 
 def test_sixteen_bits_are_kept_until_read(pictures: Path, tmp_path: Path) -> None:
@@ -230,6 +280,33 @@ def test_a_large_jsonl_file_is_read_in_pieces(tmp_path: Path, monkeypatch: pytes
 def test_boundaries_lie_between_characters() -> None:
     text = "aé日".encode()
     assert [boundary(text, at) for at in range(7)] == [0, 1, 1, 3, 3, 3, 6]
+
+
+def test_clips_from_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for clip in ("whole", "uneven", "unnamed"):
+        for f in range(3):
+            save(tmp_path / "in" / clip / f"{f}.png", (8 + (clip == "uneven" and f == 2), 8))
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+    table.write_text("file,caption\nwhole/,waves\nuneven,waves\ngone.mp4,lost\n")
+    command = [
+        "prepare",
+        "video",
+        "--source",
+        str(tmp_path / "in"),
+        "--captions",
+        str(table),
+        "--out",
+        str(out),
+    ]
+    assert main([*command, "--val_share", "0", "--test_share", "0"]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "1 samples found, 3 files or records skipped",
+        "1 x file is missing, such as gone.mp4 (the table names it)",
+        "1 x frames differ in size, such as uneven (0.png is 8 x 8, 2.png is 9 x 8)",
+        "1 x no text, such as unnamed",
+    ):
+        assert line in said
 
 
 def test_frame_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,22 @@ def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
+
+
+def say_left_aside(source: Path, suffixes: Iterable[str]) -> None:
+    """Print how many files below the source nobody reads, by their endings: pictures of a phone may be among them.
+
+    Args:
+        source: a folder; of a single file there is nothing to say.
+        suffixes: endings that are read, with dot.
+    """
+    read = frozenset(suffixes)
+    paths = (p for p in source.rglob("*") if not any(s.startswith(".") for s in p.relative_to(source).parts))
+    left = Counter(p.suffix.lower() for p in paths if p.suffix.lower() not in read and p.is_file())
+    if left:
+        ranked = sorted(left.items(), key=lambda pair: (-pair[1], not pair[0], pair[0]))
+        kinds = ", ".join(f"{count} {suffix or 'without an ending'}" for suffix, count in ranked)
+        print(f"{left.total()} files left aside, their endings are not read: {kinds}")
 
 
 def stamp(path: Path) -> list[int]:

@@ -15,11 +15,14 @@ from datamodules.errors import DataError
 from datamodules.shards.decode import Limits, decode_image
 from datamodules.sources.encoding import png_bytes
 from datamodules.sources.own.checking import BadFileError, Found
-from datamodules.sources.own.files import files_below, named_split, split_folders, stamp
+from datamodules.sources.own.files import files_below, named_split, say_left_aside, split_folders, stamp
 from datamodules.sources.own.preparing import Options, add_own_arguments, prepare_own
+from datamodules.sources.splits import Split
 
 STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # kept byte for byte
 CONVERTED = ("BMP", "GIF", "TIFF", "PPM")  # stored as PNG, without loss
+MISSING = ("file is missing", "the table names it")
+Table = dict[str, list[tuple[str, str]]]  # (text, split or "") of each row, by path
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -63,15 +66,16 @@ def prepare(
     root = Path(source)
     table = None if captions is None else read_table(captions, file_column, caption_column)
     items = picture_items(root, table)
+    say_left_aside(root, (*SUFFIXES, ".txt", ".csv"))
     recipe = {"modality": "image", "source": str(root.resolve()), "captions": captions and str(captions)}
     prepare_own(out, items, check_picture, load_picture, recipe, Options(**options))
 
 
-def read_table(path: Path, file_column: str, text_column: str) -> dict[str, tuple[str, str]]:
+def read_table(path: Path, file_column: str, text_column: str) -> Table:
     """Read a CSV of captions.
 
     Returns:
-        (caption, split or "") by path.
+        (caption, split or "") of each row by path: several captions of a picture are several rows.
 
     Raises:
         DataError: there is no such file, it is no UTF-8, or lacks a column.
@@ -87,16 +91,20 @@ def read_table(path: Path, file_column: str, text_column: str) -> dict[str, tupl
                     f"{path} has the columns {', '.join(found) or 'none'} and lacks {', '.join(missing)}; name yours "
                     "with --file_column and --caption_column"
                 )
-            table = {r[file_column]: (r[text_column].strip(), r.get("split") or "") for r in rows}
+            table: Table = {}
+            for row in rows:
+                name = Path(row[file_column].strip()).as_posix()  # "./a//b.jpg" is "a/b.jpg"
+                table.setdefault(name, []).append((row[text_column].strip(), row.get("split") or ""))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read ({error}); expected a CSV in UTF-8") from None
-    for name, (_, split) in table.items():
-        if split and named_split(split) is None:
-            raise DataError(f"{path} puts {name} into the split {split!r}, expected train, val or test")
+    for name, found_rows in table.items():
+        for _, split in found_rows:
+            if split and named_split(split) is None:
+                raise DataError(f"{path} puts {name} into the split {split!r}, expected train, val or test")
     return table
 
 
-def picture_items(root: Path, table: dict[str, tuple[str, str]] | None) -> list[dict[str, Any]]:
+def picture_items(root: Path, table: Table | None) -> list[dict[str, Any]]:
     """All pictures, as items to check: name, path, stamp, text (None: there is none), split.
 
     Rows of the table without a file become items as well: they are counted as missing.
@@ -110,16 +118,9 @@ def picture_items(root: Path, table: dict[str, tuple[str, str]] | None) -> list[
     for split, folder in roots:
         for path in files_below(folder, SUFFIXES):
             name = path.relative_to(root).as_posix()
-            text, own_split = _text_of(path, folder, name, table)
-            items.append(
-                {
-                    "name": name,
-                    "path": str(path),
-                    "stamp": stamp(path),
-                    "text": text,
-                    "split": own_split or split,
-                }
-            )
+            item = {"name": name, "path": str(path), "stamp": stamp(path)}
+            rows = rows_of(name, table) if table is not None else [(_text_of(path, folder), None)]
+            items += [{**item, "text": text, "split": own_split or split} for text, own_split in rows]
     if not items:
         raise DataError(f"found no pictures below {root}, expected {', '.join(SUFFIXES)}; check --source")
     if all(item["text"] is None for item in items):
@@ -127,21 +128,26 @@ def picture_items(root: Path, table: dict[str, tuple[str, str]] | None) -> list[
             f"the {len(items)} pictures below {root} have no texts; expected class folders ({root}/CLASS/x.jpg), "
             "x.txt beside x.jpg, or --captions TABLE.csv with their paths below the source"
         )
+    return items + missing_items(items, table)
+
+
+def rows_of(name: str, table: Table) -> list[tuple[str | None, Split | None]]:
+    """Text and split of each of a file's rows; one without a text if the table does not name it."""
+    return [(text, named_split(split)) for text, split in table[name]] if name in table else [(None, None)]
+
+
+def missing_items(items: list[dict[str, Any]], table: Table | None) -> list[dict[str, Any]]:
+    """Items without a path for what a table names and nobody found: they are counted as missing."""
     known = {item["name"] for item in items}
-    return items + [{"name": name, "path": None} for name in table or () if name not in known]
+    return [{"name": name, "path": None} for name in table or () if name not in known]
 
 
-def _text_of(
-    path: Path, folder: Path, name: str, table: dict[str, tuple[str, str]] | None
-) -> tuple[str | None, str | None]:
-    if table is not None:
-        text, split = table.get(name, (None, ""))
-        return text, named_split(split)
+def _text_of(path: Path, folder: Path) -> str | None:
     beside = path.with_suffix(".txt")
     if beside.is_file():
-        return beside.read_bytes().decode("utf-8", "surrogateescape").strip(), None
+        return beside.read_bytes().decode("utf-8", "surrogateescape").strip()
     parts = path.relative_to(folder).parts
-    return (parts[0] if len(parts) > 1 else None), None
+    return parts[0] if len(parts) > 1 else None
 
 
 def check_picture(item: dict[str, Any]) -> list[Found]:
@@ -151,7 +157,7 @@ def check_picture(item: dict[str, Any]) -> list[Found]:
         BadFileError: it cannot be used.
     """
     if item["path"] is None:
-        raise BadFileError("file is missing", "the table names it")
+        raise BadFileError(*MISSING)
     if item["text"] is None:
         raise BadFileError("no text", "neither row, nor .txt file, nor class folder")
     if not item["text"]:

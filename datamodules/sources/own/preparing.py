@@ -17,7 +17,7 @@ from datamodules.shards.writer import SampleSource
 from datamodules.sources.own.checking import Check, OnBad, check_items
 from datamodules.sources.own.files import check_shares, give_keys, split_by_name
 from datamodules.sources.splits import SPLITS
-from datamodules.sources.writing import add_common_arguments, write_splits
+from datamodules.sources.writing import add_common_arguments, refuse_another_recipe, write_splits
 
 Load = Callable[[dict[str, Any]], dict[str, bytes]]
 
@@ -93,6 +93,9 @@ def prepare_own(
         DataError: nothing to train on, a bad file under ``on_error=raise``, or `out` holds other data.
     """
     check_shares(options.val_share, options.test_share)
+    shares = {"val_share": options.val_share, "test_share": options.test_share, "seed": options.seed}
+    # Before hours of checking, and before any list in the folder is overwritten.
+    refuse_another_recipe(out, {**recipe, **shares, "shard_size": options.shard_size}, whole=False)
     findings = check_items(
         items, check, out, settings=recipe, workers=options.workers, on_bad=options.on_error
     )
@@ -123,6 +126,5 @@ def prepare_own(
     counts = {split: len(lines) for split, lines in parts.items()}
     if not counts["train"]:
         raise DataError(f"there are no samples to train on, found {counts}; expected some; mend the shares")
-    shares = {"val_share": options.val_share, "test_share": options.test_share, "seed": options.seed}
     wanted = {**recipe, **shares, "counts": counts, "files": digest.hexdigest()}
     write_splits(out, sources, wanted, shard_size=options.shard_size, workers=options.workers)

@@ -10,7 +10,7 @@ from typing import Any
 
 from datamodules.errors import DataError
 from datamodules.sources.own.checking import BadFileError, Found
-from datamodules.sources.own.files import files_below, named_split, split_folders, stamp
+from datamodules.sources.own.files import files_below, named_split, say_left_aside, split_folders, stamp
 from datamodules.sources.own.preparing import Options, add_own_arguments, prepare_own
 
 SUFFIXES = (".txt", ".text", ".md", ".rst")
@@ -63,7 +63,9 @@ def prepare(
         )
     root = Path(source)
     cut = {"context": context_bytes, "target": target_bytes, "fields": [text_field, target_field]}
-    items = text_items(root, tuple(s.strip().lower() for s in suffixes.split(",") if s.strip()))
+    endings = tuple(s.strip().lower() for s in suffixes.split(",") if s.strip())
+    items = text_items(root, endings)
+    say_left_aside(root, (*endings, *RECORDS))
     items = [{**item, **cut} for item in items]
     recipe = {"modality": "text", "source": str(root.resolve()), **cut}
     prepare_own(out, items, check_text, load_text, recipe, Options(**options))

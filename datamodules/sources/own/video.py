@@ -7,11 +7,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from datamodules.errors import DataError
 from datamodules.processing.clips import CONTAINERS, open_clip
 from datamodules.sources.own.checking import BadFileError, Found
-from datamodules.sources.own.files import files_below, named_split, split_folders, stamp
-from datamodules.sources.own.image import add_table_arguments, picture_extension, read_table
+from datamodules.sources.own.files import files_below, say_left_aside, split_folders, stamp
+from datamodules.sources.own.image import (
+    MISSING,
+    Table,
+    add_table_arguments,
+    missing_items,
+    picture_extension,
+    read_table,
+    rows_of,
+)
 from datamodules.sources.own.preparing import Options, add_own_arguments, prepare_own
 
 FRAMES = (".jpg", ".jpeg", ".png")
@@ -51,6 +61,7 @@ def prepare(
     root = Path(source)
     table = None if captions is None else read_table(captions, file_column, caption_column)
     items = [{**item, "min_frames": min_frames} for item in clip_items(root, table)]
+    say_left_aside(root, (*FRAMES, *(f".{c}" for c in CONTAINERS), ".csv"))
     recipe = {
         "modality": "video",
         "source": str(root.resolve()),
@@ -60,7 +71,7 @@ def prepare(
     prepare_own(out, items, check_clip, load_clip, recipe, Options(**options))
 
 
-def clip_items(root: Path, table: dict[str, tuple[str, str]] | None) -> list[dict[str, Any]]:
+def clip_items(root: Path, table: Table | None) -> list[dict[str, Any]]:
     """Clips to check: name, path (a file, or a folder of frames), stamp, text, split.
 
     Raises:
@@ -75,27 +86,17 @@ def clip_items(root: Path, table: dict[str, tuple[str, str]] | None) -> list[dic
         for path in [*videos, *frames]:
             name = path.relative_to(root).as_posix()
             parts = path.relative_to(folder).parts
-            text: str | None = parts[0] if len(parts) > 1 else None
-            own_split = None
-            if table is not None:
-                text, named = table.get(name, (None, ""))
-                own_split = named_split(named)
             contents = [stamp(path)] if path.is_file() else [stamp(f) for f in frame_files(path)]
-            items.append(
-                {
-                    "name": name,
-                    "path": str(path),
-                    "stamp": contents,
-                    "text": text,
-                    "split": own_split or split,
-                }
-            )
+            item = {"name": name, "path": str(path), "stamp": contents}
+            class_name = parts[0] if len(parts) > 1 else None
+            rows = rows_of(name, table) if table is not None else [(class_name, None)]
+            items += [{**item, "text": text, "split": own_split or split} for text, own_split in rows]
     if not items:
         raise DataError(
             f"found no clips below {root}, expected video files ({', '.join(CONTAINERS)}) or folders of frames; "
             "check --source"
         )
-    return items
+    return items + missing_items(items, table)
 
 
 def frame_files(folder: Path) -> list[Path]:
@@ -110,6 +111,8 @@ def check_clip(item: dict[str, Any]) -> list[Found]:
     Raises:
         BadFileError: it cannot be used.
     """
+    if item["path"] is None:
+        raise BadFileError(*MISSING)
     if item["text"] is None:
         raise BadFileError("no text", "neither a row nor a class folder")
     if not item["text"]:
@@ -124,11 +127,17 @@ def check_clip(item: dict[str, Any]) -> list[Found]:
 
 def _check_frames(folder: Path) -> int:
     files = frame_files(folder)
+    sizes: dict[tuple[int, int], str] = {}
     for path in files:
         try:
             picture_extension(path)
         except BadFileError as error:
             raise BadFileError(f"frame is bad: {error.kind}", f"{path.name} {error.detail}".strip()) from None
+        with Image.open(path) as picture:
+            sizes.setdefault(picture.size, path.name)
+    if len(sizes) > 1:
+        seen = ", ".join(f"{name} is {w} x {h}" for (w, h), name in [*sizes.items()][:2])
+        raise BadFileError("frames differ in size", seen)
     return len(files)
 
 
