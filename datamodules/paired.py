@@ -85,7 +85,9 @@ class PairedDataModule(PixelDataModule):
         else:
             stored = decode_field("json", fields["json"]) if "json" in fields else {}
             text = stored.get(self._caption) if isinstance(stored, dict) else None
-        if not isinstance(text, str) or not text:
+        if isinstance(text, str) and not text.strip():
+            raise DataError(f"the caption {self._caption!r} is empty, expected at least one character")
+        if not isinstance(text, str):
             found = ", ".join(sorted(fields))
             raise DataError(
                 f"the sample has no caption {self._caption!r} among {found}; expected a txt member, or caption=the "

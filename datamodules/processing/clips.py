@@ -103,9 +103,11 @@ class ArrayClip:
     """
 
     def __init__(self, values: NDArray[np.uint8]) -> None:
-        if values.dtype != np.uint8 or not (values.ndim == 3 or (values.ndim == 4 and values.shape[-1] == 3)):
+        shaped = values.ndim == 3 or (values.ndim == 4 and values.shape[-1] == 3)
+        if values.dtype != np.uint8 or not shaped or 0 in values.shape[1:]:
             raise DataError(
-                f"the clip is {values.dtype} of shape {list(values.shape)}, expected uint8 [F,h,w] or [F,h,w,3]"
+                f"the clip is {values.dtype} of shape {list(values.shape)}, expected uint8 [F,h,w] or [F,h,w,3] with "
+                "at least one pixel"
             )
         self._values = values
 

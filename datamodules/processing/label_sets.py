@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import DataError
-from datamodules.processing.targets import PADDING
+from datamodules.processing.targets import PADDING, checked_digits
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -70,9 +70,7 @@ class DigitLabels:
         Raises:
             DataError: something else than digits 0 to 9, or none.
         """
-        if not all(isinstance(d, int) and 0 <= d <= 9 for d in digits):
-            raise DataError(f"the labels are {digits!r}, expected a list of digits 0 to 9")
-        return drawn_order([[d] for d in sorted(set(digits))], self.eos_id, length, seed)
+        return drawn_order([[d] for d in sorted(set(checked_digits(digits)))], self.eos_id, length, seed)
 
     def decode(self, ids: Tensor) -> str:
         """Labels with commas between them, such as "7, 3"."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,13 +42,22 @@ class DigitTargets:
         Raises:
             DataError: something else than digits 0 to 9.
         """
-        if not all(isinstance(d, int) and 0 <= d <= 9 for d in digits):
-            raise DataError(f"the targets are {digits!r}, expected a list of digits 0 to 9")
-        return torch.tensor([*digits, self.eos_id])
+        return torch.tensor([*checked_digits(digits), self.eos_id])
 
     def decode(self, ids: Tensor) -> str:
         """Digits with spaces between them, such as "1 3 7"."""
         return " ".join(str(i) for i in until_end(ids, self.eos_id))
+
+
+def checked_digits(stored: Any) -> list[int]:
+    """What a JSON member holds, if it is a list of digits.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if not isinstance(stored, list | tuple) or not all(type(d) is int and 0 <= d <= 9 for d in stored):
+        raise DataError(f"the labels are {stored!r:.80}, expected a list of digits 0 to 9")
+    return list(stored)
 
 
 class ByteTargets:

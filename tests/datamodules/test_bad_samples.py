@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from test_decode import png_header
 
-from datamodules import ImageDataModule, TextDataModule, VideoDataModule
+from datamodules import ImageDataModule, PairedDataModule, TextDataModule, VideoDataModule
 from datamodules.base import ShardDataModule
 from datamodules.errors import DataError
 from datamodules.shards import decode
@@ -31,6 +31,10 @@ def image(root: Path, **options: Any) -> ShardDataModule:
 
 def text(root: Path, **options: Any) -> ShardDataModule:
     return TextDataModule(root, 4, **options)
+
+
+def paired(root: Path, **options: Any) -> ShardDataModule:
+    return PairedDataModule(root, 4, size=8, **options)
 
 
 def video(root: Path, **options: Any) -> ShardDataModule:
@@ -51,6 +55,7 @@ def animated() -> bytes:
 
 
 PICTURE: Sample = {"png": png_bytes(np.zeros((8, 8), np.uint8)), "digits.json": b"[1]"}
+PAIR: Sample = {"png": PICTURE["png"], "txt": b"a 3 above a 7"}
 TEXT: Sample = {"txt": b"good", "target.txt": b"fine"}
 CLIP: Sample = {"frames.npy": npy_bytes(np.zeros((4, 8, 8), np.uint8)), "digits.json": b"[1]"}
 
@@ -62,11 +67,16 @@ CASES: dict[str, tuple[Callable[..., ShardDataModule], Sample, Sample, str]] = {
     "packed bomb": (image, PICTURE, {"png.gz": gzip.compress(bytes(2 << 20), 9), "png": b""}, "unpacks to more"),
     "no picture": (image, PICTURE, {"png": b"<html>"}, "damaged"),
     "bad labels": (image, PICTURE, {"digits.json": json_bytes(["x"])}, "digits 0 to 9"),
+    "labels are no list": (image, PICTURE, {"digits.json": b"5"}, "digits 0 to 9"),
+    "labels are booleans": (image, PICTURE, {"digits.json": b"[true]"}, "digits 0 to 9"),
+    "empty caption": (paired, PAIR, {"txt": b""}, "the caption 'txt' is empty"),
+    "blank caption": (paired, PAIR, {"txt": b" \n"}, "the caption 'txt' is empty"),
     "empty text": (text, TEXT, {"txt": b""}, "text is empty"),
     "empty target": (text, TEXT, {"target.txt": b""}, "text is empty"),
     "text is not UTF-8": (text, TEXT, {"txt": b"\xff\xfe"}, "not UTF-8"),
     "target is not UTF-8": (text, TEXT, {"target.txt": b"Gr\xfc\xdfe"}, "not UTF-8"),
     "short clip": (video, CLIP, {"frames.npy": npy_bytes(np.zeros((3, 8, 8), np.uint8))}, "the clip has 3 frames"),
+    "clip without pixels": (video, CLIP, {"frames.npy": npy_bytes(np.zeros((4, 0, 8), np.uint8))}, "one pixel"),
     "pickled clip": (
         video,
         CLIP,
