@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PRINTED = (
     QUALITY,
     "quality/exact",
+    "labels/f1",
+    "labels/exact",
     "tokens/kept_mean",
     "ms_per_sample",
     "prior_flops_per_sample",

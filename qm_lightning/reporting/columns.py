@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qm_lightning.reporting.rows import KEPT, QUALITY, Row
+from qm_lightning.reporting.rows import COMPRESSION, KEPT, QUALITY, Row
 
 MIB = 2**20
 ABSENT = "-"
@@ -87,10 +87,20 @@ COLUMNS = (
         "high",
     ),
     Column(
+        "labels/f1",
+        "labels F1",
+        "labels that one-shot sampling finds against the true ones: recall and precision in one, mean over samples",
+        places=3,
+        best="high",
+    ),
+    Column("labels/recall", "recall", "share of the true labels that are found", places=3),
+    Column("labels/precision", "precision", "share of the predicted labels that are true", places=3),
+    Column("labels/exact", "sets %", "share of samples whose whole set of labels is right", 100, 1, "high"),
+    Column(
         KEPT, "tokens kept", "merged tokens per sample: mean, and 5th to 95th percentile where they differ"
     ),
     Column(
-        "tokens/compression",
+        COMPRESSION,
         "measured",
         "tokens in per token out, over all samples",
         1.0,

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 from qm_lightning.reporting.columns import count, nats
 from qm_lightning.reporting.gaps import CLEAR, gap_between
-from qm_lightning.reporting.rows import KEPT, QUALITY, Row, at_target, pareto_front, put_together, targets
+from qm_lightning.reporting.rows import (
+    COMPRESSION,
+    KEPT,
+    QUALITY,
+    Row,
+    at_target,
+    pareto_front,
+    put_together,
+    targets,
+)
 from qm_lightning.reporting.runs import Run
 
 OFF_TARGET = 0.05  # relative distance from the asked compression that is pointed out
@@ -68,7 +77,7 @@ def _headline(blocks: Sequence[tuple[float | None, list[Row]]], rows: Sequence[R
         row = next((r for r in known if not r.full), known[0])
         return (
             f"{row.method} reaches {_figure(row)} nats per target token on {count(row.mean(KEPT))} of "
-            f"{count(row.mean('tokens/in_mean'))} tokens; no other method was run at the same compression."
+            f"{count(row.mean(KEPT) * row.mean(COMPRESSION))} tokens; no other method was run at the same compression."
         )
     name = focus([row for _, block in compared for row in block])
     if name is None:
@@ -175,7 +184,7 @@ def _beaten_by(row: Row, others: Sequence[Row]) -> Row | None:
 def _caveats(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
     caveats = []
     for row in rows:
-        measured = row.mean("tokens/compression")
+        measured = row.mean(COMPRESSION)
         if row.target and not row.full and abs(measured / row.target - 1) > OFF_TARGET:
             caveats.append(
                 f"{row.method} was asked for {row.target:g}x and gave {measured:.2f}x "

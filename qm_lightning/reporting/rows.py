@@ -11,6 +11,7 @@ from qm_lightning.reporting.runs import Run, merger_name
 
 QUALITY = "quality/nats"
 KEPT = "tokens/kept_mean"
+COMPRESSION = "tokens/compression"
 
 
 @dataclass(frozen=True)

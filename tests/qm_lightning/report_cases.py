@@ -56,7 +56,6 @@ def results(merger: str, compression: float | None, seed: int, loss: float) -> d
             "tokens/kept_mean": kept * (1 + chance.gauss(0, 0.01) * entropy),
             "tokens/kept_p5": kept * (0.55 if entropy else 1.0),
             "tokens/kept_p95": min(TOKENS, kept * (1.7 if entropy else 1.0)),
-            "tokens/in_mean": TOKENS,
             "fidelity/error": 1 - (kept / TOKENS) ** 0.5,
             "groups/overlap": 0.2,
             "groups/span": 4.0,

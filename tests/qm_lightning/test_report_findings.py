@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from report_cases import results
 
+from qm_lightning.reporting.columns import cell, shown
 from qm_lightning.reporting.findings import Findings, find
+from qm_lightning.reporting.rows import Row
 from qm_lightning.reporting.runs import Run
 
 
@@ -177,3 +179,15 @@ def test_no_quality_at_all_is_not_fatal() -> None:
     only = run("ToMe", 4.0, 0, 0.1)
     only.values.clear()
     assert find([only]).headline.startswith("No run says how good it is")
+
+
+def test_label_scores_have_columns() -> None:
+    only = run("QuickMerge", 4.0, 0, 0.1)
+    only.values.clear()
+    only.values.update(
+        {"labels/f1": 0.5, "labels/recall": 0.9, "labels/precision": 0.4, "labels/exact": 0.125}
+    )
+    row = Row("QuickMerge", 4.0, (only,))
+    assert {c.title: cell(row, c) for c in shown([row])} == {
+        "labels F1": "0.500", "recall": "0.900", "precision": "0.400", "sets %": "12.5",
+    }  # fmt: skip
