@@ -38,13 +38,22 @@ def shard_folders(place: str, *, indexed: bool = False) -> list[Path]:
         )
     patterns = ("*.tar", MANIFEST_NAME) if indexed else ("*.tar",)
     if folders := sorted({path.parent for pattern in patterns for path in root.rglob(pattern)}):
-        return folders
+        return [folder for folder in folders if not _dealt_out(folder, folders)]
     if packed := [path for pattern in PACKED for path in root.rglob(pattern)]:
         raise DataError(
             f"found {len(packed)} compressed shards under {root}, such as {packed[0].name}, expected plain "
             "*.tar, which can be read at any place: unpack them first (gunzip or the like)"
         )
     raise DataError(f"no *.tar under {root}; expected a folder of WebDataset shards; check the path")
+
+
+def _dealt_out(folder: Path, folders: Sequence[Path]) -> bool:
+    """Whether other folders link to all shards of this one, as `index --split` makes them: they are checked there."""
+    if (folder / MANIFEST_NAME).is_file():
+        return False
+    links = {link.resolve() for other in folders for link in other.glob("*.tar") if link.is_symlink()}
+    shards = [path for path in folder.glob("*.tar") if not path.is_symlink()]
+    return bool(shards) and all(path.resolve() in links for path in shards)
 
 
 def processes_for(paths: Sequence[Path], asked: int | None) -> int:

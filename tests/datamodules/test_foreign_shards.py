@@ -50,6 +50,11 @@ def test_a_flat_folder_of_foreign_shards(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["index", str(tmp_path), *splits]) == 0  # again
     assert {p: p.read_bytes() for p in tmp_path.glob("*.tar")} == before
     assert main(["verify", str(tmp_path / "train"), "--sha256"]) == 0
+    assert (
+        main(["verify", str(tmp_path)]) == 0
+    )  # the shards themselves lie here, and have their index in the splits
+    assert main(["index", str(tmp_path)]) == 0
+    assert not (tmp_path / "index.json").exists()
     rename = {"png": "image.png", "txt": "cap.txt"}
     data = ImageDataModule(tmp_path, 4, size=8, targets="text", rename=rename)
     batch = next(iter(data.test_dataloader()))
