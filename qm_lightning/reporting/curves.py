@@ -6,6 +6,7 @@ import csv
 import math
 from pathlib import Path
 
+FILE = "metrics.csv"
 Curve = list[tuple[float, float]]
 
 
@@ -13,16 +14,20 @@ def read_curves(run_dir: Path, names: tuple[str, ...]) -> dict[str, Curve]:
     """Curves by name, as (step, value) in the order of the file.
 
     A row of Lightning's CSV logger holds what was logged at one moment, so most of its cells are empty. Where
-    a resumed run logged a step again, the later value holds.
+    a resumed run logged a step again, the later value holds. A part of a mixture has a folder in the run's directory
+    and columns of its own in the run's file: `train/loss/target` is `train/video/loss/target` there.
 
     Args:
-        run_dir: the run's directory.
+        run_dir: the run's directory, or the folder of a mixture's part.
         names: columns wanted.
 
     Returns:
         The curves that the file has; empty without a file.
     """
-    path = run_dir / "metrics.csv"
+    path, columns = run_dir / FILE, {name: name for name in names}
+    if not path.is_file():
+        path = run_dir.parent / FILE
+        columns = {name: name.replace("/", f"/{run_dir.name}/", 1) for name in names}
     if not path.is_file():
         return {}
     points: dict[str, dict[float, float]] = {name: {} for name in names}
@@ -30,7 +35,7 @@ def read_curves(run_dir: Path, names: tuple[str, ...]) -> dict[str, Curve]:
         for row in csv.DictReader(file):
             step = _number(row.get("step"))
             for name in names:
-                value = _number(row.get(name))
+                value = _number(row.get(columns[name]))
                 if math.isfinite(step) and math.isfinite(value):
                     points[name][step] = value
     return {name: sorted(curve.items()) for name, curve in points.items() if curve}

@@ -28,8 +28,8 @@ PARTS = (
 
 
 def pareto_plot(rows: Sequence[Row]) -> Figure | None:
-    """Loss against tokens, time, FLOPs and memory; ``None`` if no run has two of them."""
-    present = [cost for cost in COSTS if any(_point(row, *cost[:2]) for row in rows)]
+    """Loss against tokens, time, FLOPs and memory; ``None`` if no two rows have them: one point shows nothing."""
+    present = [cost for cost in COSTS if _points(rows, *cost[:2]) > 1]
     if not present:
         return None
     styled = looks(rows)
@@ -44,8 +44,8 @@ def pareto_plot(rows: Sequence[Row]) -> Figure | None:
 
 
 def tokens_plot(rows: Sequence[Row]) -> Figure | None:
-    """Loss against tokens kept alone, for a README or a slide."""
-    if not any(_point(row, KEPT, 1.0) for row in rows):
+    """Loss against tokens kept alone, for a README or a slide; ``None`` for a single point."""
+    if _points(rows, KEPT, 1.0) < 2:
         return None
     figure = new_figure(6.4, 4.6)
     axes = figure.add_subplot()
@@ -59,6 +59,10 @@ def tokens_plot(rows: Sequence[Row]) -> Figure | None:
 def _point(row: Row, key: str, factor: float) -> tuple[float, float] | None:
     x, y = row.mean(key) * factor, row.mean(QUALITY)
     return None if math.isnan(x) or math.isnan(y) else (x, y)
+
+
+def _points(rows: Sequence[Row], key: str, factor: float) -> int:
+    return sum(_point(row, key, factor) is not None for row in rows)
 
 
 def _pareto_panel(

@@ -262,6 +262,23 @@ def test_curves_skip_empty_cells_and_take_the_later_value(tmp_path: Path) -> Non
     assert read_curves(tmp_path / "nowhere", ("x",)) == {}
 
 
+def test_parts_of_a_mixture_have_curves(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(
+        "step,train/video/loss/target,train/text/loss/target,val/quality/nats\n1,3.0,,1\n2,,2.0,1\n"
+    )
+    assert read_curves(tmp_path / "video", ("train/loss/target", "val/quality/nats")) == {
+        "train/loss/target": [(1.0, 3.0)]
+    }
+
+
+def test_one_run_alone_has_no_plot_of_one_point(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", results("QuickMerge", 4.0, 0, 0.1))
+    write_report([tmp_path], tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == [
+        "image-curves.png", "image-kept.png", "image-time.png",
+    ]  # fmt: skip
+
+
 def test_mean_curve_uses_shared_steps() -> None:
     assert mean_curve([[(1, 2.0), (2, 4.0)], [(2, 6.0), (3, 1.0)]]) == [(2, 5.0)]
     assert mean_curve([]) == []
