@@ -55,6 +55,7 @@ report/video/index.html: pretrained/video/config.json
 report/paired/index.html: pretrained/image/config.json data/paired/test/index.json
 report/nxtp/index.html: pretrained/image/config.json
 report/text_streaming/index.html: pretrained/text_streaming/config.json
+report/text_minilm/index.html: data/text/test/index.json
 report/mixture/index.html: data/paired/test/index.json
 report/mixture/index.html: pretrained/image/config.json pretrained/video/config.json pretrained/text/config.json
 
