@@ -30,7 +30,7 @@ class StringEncoder(Protocol):
         ...
 
 
-class ExactEncoder:
+class ExactEncoder(StringEncoder):
     """1 for equal strings and 0 for others: recall, precision and F1 are then those of sets."""
 
     def similarity(self, targets: Sequence[str], predictions: Sequence[str]) -> Tensor:
@@ -38,7 +38,7 @@ class ExactEncoder:
         return torch.tensor([[float(t == p) for p in predictions] for t in targets])
 
 
-class SentenceEncoder:
+class SentenceEncoder(StringEncoder):
     """Cosine similarity of mean-pooled hidden states of a text model; never on the network.
 
     Args:

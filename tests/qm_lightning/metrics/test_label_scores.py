@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from qm_lightning.errors import UserError
 from qm_lightning.metrics import LabelScores
-from qm_lightning.metrics.encoders import ExactEncoder, SentenceEncoder
+from qm_lightning.metrics.encoders import ExactEncoder, SentenceEncoder, StringEncoder
 from qm_lightning.metrics.labels import recall_precision_f1
 from qm_lightning.packaged import packaged_model
 
@@ -71,3 +72,11 @@ def test_minilm_reads_meaning() -> None:
     torch.testing.assert_close(
         encoder.embed(["car"]), other.embed(["car", "a very long text"])[:1], atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize("name", ["ExactEncoder", "SentenceEncoder"])
+def test_the_command_line_knows_encoders_by_their_short_names(name: str) -> None:
+    """As docs/nxtp.md writes it: --model.encoder SentenceEncoder."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--encoder", type=StringEncoder | None)
+    assert parser.parse_args([f"--encoder={name}"]).encoder.class_path.endswith(f".{name}")
