@@ -10,11 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datamodules.errors import DataError
-from datamodules.shards.checking import verify_folder
-from datamodules.shards.folders import shard_folders
-from datamodules.shards.indexing import index_folder
-from datamodules.shards.linking import link_splits
+from datamodules.errors import DataError, outside_environment
 
 MODALITIES = ("text", "image", "video", "paired")
 SHIPPED = ("digits", "stdlib")  # names of sources that ship; everything else is a path
@@ -65,12 +61,7 @@ def _source(modality: str, source: str) -> Any:
         raise DataError(
             f"there is no source {source!r}, expected a folder or file of your own; check the path"
         )
-    try:
-        return importlib.import_module(f"datamodules.sources.{'own.' if own else ''}{modality}")
-    except ModuleNotFoundError as error:
-        raise DataError(
-            f"there is no source for {modality!r} yet ({error}); expected one of image, paired, text, video"
-        ) from error
+    return importlib.import_module(f"datamodules.sources.{'own.' if own else ''}{modality}")
 
 
 def _each(folders: Iterable[Path], work: Callable[[Path], int | None]) -> int:
@@ -96,6 +87,12 @@ def _run(arguments: list[str]) -> int:
         modality, source, out = options.pop("modality"), options.pop("source"), options.pop("out")
         _source(modality, source).prepare(source, out, **options)
         return 0
+    # Imported here: outside the project's environment `main` says in one line what is missing.
+    from datamodules.shards.checking import verify_folder
+    from datamodules.shards.folders import shard_folders
+    from datamodules.shards.indexing import index_folder
+    from datamodules.shards.linking import link_splits
+
     root, splits, workers = options["root"], options.get("split"), options["workers"]
     if verb == "index":
         folders = link_splits(Path(root), splits) if splits else shard_folders(root)
@@ -112,6 +109,8 @@ def main(argv: list[str] | None = None) -> int:
         return _run(sys.argv[1:] if argv is None else argv)
     except DataError as error:
         return _refuse(str(error))
+    except ModuleNotFoundError as error:
+        return _refuse(outside_environment(error))
     except OSError as error:  # a full disk, a folder that may not be written
         where = f": {error.filename}" if error.filename else ""
         return _refuse(

@@ -12,6 +12,7 @@ from datamodules.errors import DataError
 from datamodules.processing.context import checked_text, text_reader
 from datamodules.processing.fields import member
 from datamodules.processing.targets import PADDING, ByteTargets, pad_targets
+from datamodules.processing.tokenizer import BYTES
 from datamodules.shards.stream import Batch
 
 CONTEXT_FIELD = "txt"
@@ -27,7 +28,8 @@ class TextDataModule(ShardDataModule):
     Args:
         root: directory or URL with `train/`, `val/`, `test/`.
         batch_size: samples of a batch on each rank.
-        tokenizer: `bytes`, or folder or hub name of the backbone, whose own tokenizer then reads the context.
+        tokenizer: `bytes`, or folder or hub name of the backbone, whose own tokenizer then reads the context;
+            `None`: bytes, but on the command line the backbone's own tokenizer where it has one.
         context_length: longest context in tokens; of longer ones the end is kept.
         target_length: longest target in bytes, end byte included; the rest is cut off.
         targets: `stored`: the target is `target.txt`; `text`: the text itself, token for token, for models that
@@ -47,7 +49,7 @@ class TextDataModule(ShardDataModule):
         root: str | Path,
         batch_size: int,
         *,
-        tokenizer: str = "bytes",
+        tokenizer: str | None = None,
         context_length: int = 256,
         target_length: int = 65,
         targets: Literal["stored", "text"] = "stored",
@@ -59,8 +61,9 @@ class TextDataModule(ShardDataModule):
             raise DataError(
                 f"context_length is {context_length} and target_length {target_length}, expected 1 or more"
             )
+        tokenizer = tokenizer or BYTES
         self.reader = text_reader(tokenizer, context_length, download)
-        self._target_length = target_length
+        self.context_length, self._target_length = context_length, target_length
         self._tokenizer, self._download = tokenizer, download
         self._text_alone = targets == "text"
         self._vocabulary = ByteTargets()

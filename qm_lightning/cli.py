@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from datamodules.errors import DataError
+from datamodules.errors import DataError, outside_environment
 from qm_lightning import __version__
 from qm_lightning.errors import UserError
 from qm_lightning.runtime.option_errors import explain
@@ -64,15 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     # The tokenizers library warns about forked data workers unless told.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    module = importlib.import_module(f"qm_lightning.commands.{VERBS[args[0]][0]}")
+    command = VERBS[args[0]][0]
     # The Lightning verbs share one parser, which reads the verb itself.
-    return exit_code(lambda: module.main(args if VERBS[args[0]][0] == "train" else args[1:]))
+    given = args if command == "train" else args[1:]
+    return exit_code(lambda: importlib.import_module(f"qm_lightning.commands.{command}").main(given))
 
 
 def exit_code(call: Callable[[], int]) -> int:
     """What ``call`` returns; 2 for a mistake of the user's, which is printed as one line."""
     try:
         return int(call())
+    except ModuleNotFoundError as error:
+        print(_one_line(UserError(outside_environment(error))), file=sys.stderr)
+        return USAGE_ERROR
     except (UserError, DataError, ValueError) as error:
         mistake = _mistake(error)
         if mistake is None:

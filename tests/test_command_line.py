@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 
-from datamodules.errors import DataError
+from datamodules.errors import DataError, outside_environment
 from datamodules.shards.writer import write_shards
 from datamodules.sources.image import DigitScenes
-from qm_lightning.backbones.small import preprocessing_of, save_backbone, small_vit
+from qm_lightning.backbones.small import preprocessing_of, save_backbone, small_llama, small_vit
 from qm_lightning.cli import main
+from qm_lightning.commands.train import share_processor
 
 ROOT = Path(__file__).parents[1]
 
@@ -171,3 +173,72 @@ def test_a_shard_folder_without_index_says_what_to_do(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="prepare"):
         Manifest.load(tmp_path)
+
+
+@pytest.mark.parametrize("command", [["train.py", "fit"], ["-m", "datamodules", "index", "data"]])
+def test_another_python_is_told_where_the_packages_are(command: list[str], tmp_path: Path) -> None:
+    """README's `python train.py` in a Python without the environment's packages: -S leaves them out."""
+    done = subprocess.run([sys.executable, "-S", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "source .venv/bin/activate" in done.stderr
+
+
+def test_a_bug_is_not_blamed_on_the_environment() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        outside_environment(ModuleNotFoundError(name="qm_lightning.nothing"))
+
+
+def small_text_backbone(folder: Path, max_tokens: int = 64) -> Path:
+    save_backbone(small_llama(width=16, depth=1, heads=2, max_tokens=max_tokens), folder, None)
+    return folder
+
+
+def refused(*extra: str, run: Path, experiment: str, capsys: pytest.CaptureFixture[str]) -> str:
+    config = str(ROOT / f"configs/experiment/{experiment}.yaml")
+    assert main(["fit", "--config", config, "--run_dir", str(run), *extra]) == 2
+    assert not (run / "config.yaml").exists()  # nothing was trained: nothing to go on from
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_data_that_the_backbone_cannot_read_is_refused_before_training(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, run = str(small_text_backbone(tmp_path / "text")), tmp_path / "run"
+    place = "--model.backbone.name_or_path"
+    line = refused(place, text, run=run, experiment="image", capsys=capsys)
+    assert "backbone for text, but this data holds pictures" in line
+    line = refused(place, str(backbone), run=run, experiment="text", capsys=capsys)
+    assert "TextDataModule gives text" in line
+    assert "is a backbone for image" in line
+    line = refused(place, text, run=run, experiment="text", capsys=capsys)
+    assert "data.context_length is 256" in line
+    assert "give --data.context_length 64" in line
+
+
+def test_the_backbones_own_tokenizer_reads_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bytes for a model that was trained on tokens would train without a word, on nonsense."""
+    monkeypatch.chdir(tmp_path)
+    folder = small_text_backbone(tmp_path / "own", max_tokens=256)
+    named = Namespace(init_args=Namespace(name_or_path=str(folder)))
+    config = Namespace({"model.init_args.backbone": named, "data.init_args.tokenizer": None})
+    share_processor(config)
+    assert config.data.init_args.tokenizer == "bytes"
+    (folder / "tokenizer_config.json").write_text("{}")
+    config.data.init_args.tokenizer = None
+    share_processor(config)
+    assert config.data.init_args.tokenizer == str(folder)
+    arguments = ["--model.backbone.name_or_path", str(folder), "--data.tokenizer", "bytes"]
+    line = refused(*arguments, run=tmp_path / "run", experiment="text", capsys=capsys)
+    assert f"give --data.tokenizer {folder}" in line
+
+
+def test_help_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    shown = capsys.readouterr().out
+    assert "lambda" not in shown
+    assert "The main advantage is" not in shown

@@ -66,12 +66,17 @@ def from_pretrained(name_or_path: str, download: bool = False) -> PixelTransform
     """
     nested = (read_model_json(name_or_path, "processor_config.json", download) or {}).get("image_processor")
     config = nested or read_model_json(name_or_path, "preprocessor_config.json", download)
+    model = read_model_json(name_or_path, "config.json", download) or {}
+    if config is None and "vocab_size" in model and "vision_config" not in model:
+        raise DataError(
+            f"{name_or_path!r} is a {model.get('model_type', '')} backbone for text, but this data holds pictures; "
+            "expected the same modality; choose another backbone, or data of text"
+        )
     if config is None:
         raise DataError(
             f"found no preprocessor_config.json in {name_or_path!r}, expected the one that the backbone was "
             f"saved with; give a backbone that has it (download=true fetches one by its name), or {BY_HAND}"
         )
-    model = read_model_json(name_or_path, "config.json", download) or {}
     channels = int({**model, **model.get("vision_config", {})}.get("num_channels", 3))
     return PixelTransform(
         channels=channels,

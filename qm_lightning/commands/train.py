@@ -17,7 +17,10 @@ import datamodules.mixture
 import datamodules.paired
 import datamodules.text
 import datamodules.video  # noqa: F401  # makes the short class names known: --data TextDataModule
+from datamodules.processing.pretrained import read_model_json
+from datamodules.processing.tokenizer import BYTES
 from datamodules.resumable import ResumableDataModule
+from qm_lightning.backbones import HFBackbone
 from qm_lightning.callbacks.model_summary import TrainedAndFrozen
 from qm_lightning.callbacks.pictures import MergePictures
 from qm_lightning.callbacks.progress_bar import TrainingBar
@@ -109,12 +112,11 @@ class QuickMergeCLI(LightningCLI):
         parser.link_arguments(
             "data",
             "model.init_args.vocab_size",
-            compute_fn=lambda data: data.vocab_size,
+            compute_fn=vocab_size,
             apply_on="instantiate",
         )
-        parser.link_arguments(
-            "data", "model.init_args.eos_id", compute_fn=lambda data: data.eos_id, apply_on="instantiate"
-        )
+        parser.link_arguments("data", "model.init_args.eos_id", compute_fn=eos_id, apply_on="instantiate")
+        parser.groups["data"].title = "Shards, batches and their order"
         parser.set_defaults({"trainer.use_distributed_sampler": False, "trainer.logger": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -144,6 +146,7 @@ class QuickMergeCLI(LightningCLI):
         config = self.config[self.subcommand]
         options = self.config_init[self.subcommand].trainer
         self._dump_config()
+        require_readable(self.model, self.datamodule)
         self._compare_ranks()
         for checkpoint in filter(None, (self.run.ckpt_path, self.run.initial_weights)):
             load_weights(
@@ -201,6 +204,18 @@ class QuickMergeCLI(LightningCLI):
         write_predictions(self.run.path, batches or [], self.trainer, self.datamodule)
 
 
+def vocab_size(data: Any) -> int:
+    """Size of the targets' vocabulary; a name that ``--help`` can show, which a lambda has not."""
+    size: int = data.vocab_size
+    return size
+
+
+def eos_id(data: Any) -> int:
+    """The targets' end token; likewise."""
+    end: int = data.eos_id
+    return end
+
+
 def terminal_callbacks(options: Any) -> list[Callback]:
     """Progress bar and model summary, unless they are switched off or a configuration brings its own.
 
@@ -241,13 +256,57 @@ def _share(backbone: Any, data: Any, where: str) -> None:
     for key in ("processor", "tokenizer"):
         if name is None or key not in data:
             continue
-        if data[key] is None or (isinstance(data[key], str) and packaged_model(data[key]) == name):
+        if key == "tokenizer" and data[key] in (None, BYTES):
+            data[key] = _reading(name, backbone.init_args.get("download", False), data[key], where)
+        elif data[key] is None or (isinstance(data[key], str) and packaged_model(data[key]) == name):
             data[key] = name
-        elif data[key] not in (name, "bytes") and not isinstance(data[key], int | dict):
+        elif data[key] not in (name, BYTES) and not isinstance(data[key], int | dict):
             raise UserError(
                 f"{where}.{key} is {data[key]!r} but the backbone is {name!r}; expected the same, "
                 f"since inputs must be prepared as the backbone was trained; leave {where}.{key} out"
             )
+
+
+def _reading(name: str, download: bool, asked: str | None, where: str) -> str:
+    """The tokenizer of a backbone, or bytes if it has none.
+
+    Raises:
+        UserError: bytes were asked for a backbone that was trained on tokens: their ids mean something else.
+    """
+    files = ("tokenizer_config.json", "tokenizer.json")
+    if all(read_model_json(name, file, download) is None for file in files):
+        return BYTES
+    if asked is None:
+        return name
+    raise UserError(
+        f"{where}.tokenizer is {BYTES!r} but the backbone {name!r} has a tokenizer of its own; expected inputs as "
+        f"it was trained on; leave {where}.tokenizer out, or give --{where}.tokenizer {name}"
+    )
+
+
+def require_readable(model: LightningModule, data: LightningDataModule) -> None:
+    """Refuse, before anything is written, data that the backbone cannot read.
+
+    Raises:
+        UserError: text for a backbone of pictures, the other way round, or texts longer than its maximum.
+    """
+    backbone, given = getattr(model, "backbone", None), getattr(data, "modality", None)
+    if not isinstance(backbone, HFBackbone) or given not in ("text", "image", "video", "paired"):
+        return
+    if (backbone.modality == "text") != (given == "text"):
+        raise UserError(
+            f"{type(data).__name__} gives {_CONTENT[given]} but {backbone.name_or_path!r} is a backbone for "
+            f"{backbone.modality}; expected the same; choose another --data, or another backbone"
+        )
+    longest = getattr(data, "context_length", None)
+    if backbone.max_tokens is not None and longest is not None and longest > backbone.max_tokens:
+        raise UserError(
+            f"data.context_length is {longest} but {backbone.name_or_path!r} takes {backbone.max_tokens} tokens; "
+            f"expected at most that; give --data.context_length {backbone.max_tokens}, or choose another backbone"
+        )
+
+
+_CONTENT = {"text": "text", "image": "pictures", "video": "clips", "paired": "pictures with their text"}
 
 
 def main(argv: Sequence[str], cli: type[QuickMergeCLI] = QuickMergeCLI) -> int:

@@ -138,7 +138,8 @@ def test_a_place_that_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_verdicts_stay_one_line_beside_a_bar_in_a_narrow_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "_CONSOLE", Console(stderr=True, force_terminal=True, width=40))
+    console = Console(stderr=True, force_terminal=True, width=40)
+    monkeypatch.setattr(progress, "_console", lambda: console)
     archive(tmp_path / "good.tar", "x.txt")
     bad = tmp_path / f"{'long' * 20}:smile:[red].tar"
     bad.touch()
