@@ -92,6 +92,8 @@ def _headline(blocks: Sequence[tuple[float | None, list[Row]]], rows: Sequence[R
             figures = f"{nats(block[0].mean(QUALITY))} against {nats(ours.mean(QUALITY))}"
             lost.append(f"{_at(target)} {block[0].method} is lower, {figures}{_mark(block[0], ours)}")
     text = f"{name} has the lowest loss at {len(won) or 'none'} of {len(own)} compressions"
+    if len(own) == 1 and not won:
+        text = f"{name} does not have the lowest loss"
     text += f" ({', '.join(won)})" if won else ""
     return text + (f"; {_listed(lost)} nats per target token" if lost else "") + _footnote(own)
 

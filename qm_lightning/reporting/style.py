@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from qm_lightning.reporting.columns import number
 from qm_lightning.reporting.findings import OURS
@@ -30,6 +30,7 @@ COLOURS = (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p")
 WIDE_RANGE = 4.0  # from this ratio of largest to smallest on, an axis is logarithmic
 INK = "#30333b"
+ENTRY_INCHES, LETTER_INCHES = 0.5, 0.08  # of a legend: line, marker and gap; a letter of 8.5 points
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,16 @@ def scale(axis: Any, set_scale: Any, values: Sequence[float], base: float = 10.0
         set_scale("log")
         axis.set_major_locator(LogLocator(base=base, subs=(1.0, 2.0, 3.0, 5.0) if base == 10.0 else (1.0,)))
         axis.set_minor_locator(NullLocator())
-    else:
+        axis.set_major_formatter(plain)
+    else:  # as many digits as tell neighbouring ticks apart: three would make 1.925 a 1.93
         axis.set_major_locator(MaxNLocator(6))
-    axis.set_major_formatter(plain)
+        digits = ScalarFormatter(useOffset=False)
+        digits.set_scientific(False)
+        axis.set_major_formatter(digits)
 
 
 def legend(figure: Figure, styled: dict[str, Look], columns: int = 6) -> None:
-    """One legend below all panels."""
+    """One legend below all panels, of at most so many columns and no wider than the figure."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -101,4 +105,6 @@ def legend(figure: Figure, styled: dict[str, Look], columns: int = 6) -> None:
         )
         for name, look in styled.items()
     ]
+    widest = ENTRY_INCHES + LETTER_INCHES * max(map(len, styled), default=0)
+    columns = max(1, min(columns, int(figure.get_figwidth() / widest)))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False)

@@ -22,7 +22,15 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         One line: the option, what is wrong, the nearest name if there is one.
     """
     line = " ".join(message.split())
-    for reading in (_unknown_option, _refused_argument, _forbidden_class, _no_class, _wrong_type, _missing):
+    for reading in (
+        _unknown_option,
+        _refused_argument,
+        _forbidden_class,
+        _no_class,
+        _wrong_type,
+        _no_file,
+        _missing,
+    ):
         if (found := reading(line, list(known))) is not None:
             return found
     return line
@@ -105,6 +113,16 @@ def _wrong_type(line: str, known: list[str]) -> str | None:
     wanted = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", wrong["type"])
     wanted = re.sub(r"^(?:typing\.)?Literal\[(.*)\]$", r"one of \1", wanted)
     return f"found {_written(line, last)} {wrong['value']}; expected {wanted}; give one"
+
+
+def _no_file(line: str, known: list[str]) -> str | None:
+    absent = re.fullmatch(r'Parser key "config": File does not exist: \'?(.+?)\'?', line)
+    if not absent:
+        return None
+    return (
+        f"found no file {absent[1]}; expected an experiment; give --config configs/experiment/NAME.yaml, "
+        "from the folder of train.py"
+    )
 
 
 def _missing(line: str, known: list[str]) -> str | None:

@@ -41,6 +41,10 @@ def test_other_messages_become_one_line() -> None:
             ["--model.prior.xyz", "3"],
             "found --model.prior.xyz, which that class does not take; expected one of dim, depth, heads",
         ),
+        (
+            ["--config", "nope.yaml"],
+            "nope.yaml; expected an experiment; give --config configs/experiment/NAME",
+        ),
         (["--modle.depth", "3"], "did you mean --model?"),
         (
             ["--model.merger.budgt.compression", "3"],
