@@ -78,6 +78,7 @@ class Work:
         return [
             "--config", str(config),
             "--run_dir", str(self.root / run),
+            "--data.context_length", "96",
             "--data.root", str(self.root / data),
             "--data.batch_size", "8",
             "--model.backbone.name_or_path", str(self.root / "backbone"),
