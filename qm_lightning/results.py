@@ -11,7 +11,6 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 
-from datamodules.shards.loader import StreamLoader
 from qm_lightning import __version__
 from qm_lightning.costs import measure_cost
 from qm_lightning.modules.multimodal import MultimodalModule
@@ -107,7 +106,8 @@ def _write(
     batch = move_data_to_device(next(iter(loader)), device)
     cost = measure_cost(module, batch)
     folder.mkdir(parents=True, exist_ok=True)
-    samples = loader.samples_in(int(batches)) if isinstance(loader, StreamLoader) else None
+    counted = getattr(loader, "samples_in", None)  # of the project's own loaders
+    samples = None if counted is None else counted(int(batches))
     write_json(folder / "results.json", {**facts, "samples": samples, "cost": cost, "versions": versions()})
 
 
