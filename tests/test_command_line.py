@@ -130,6 +130,10 @@ def test_rivals_by_one_flag(
         (["--model.backbone.name_or_path", "missing/backbone"], "missing/backbone"),
         (["--model.merger.budget.compression", "0.5"], "at least 1"),
         (["--model.merger", "os.system"], "os.system"),
+        (
+            ["--model.merger", "TrimTokenator", "--model.merger.require_text", "true"],
+            "model.context is not set",
+        ),
         (["--ckpt_path", "last"], "no checkpoint"),
     ],
 )

@@ -102,6 +102,11 @@ def shell_words(command: str) -> list[str]:
     [
         ("ToMe", ["--compressions", "2,100"], "'ToMe' at 100x: compression=100 was asked of samples of 64"),
         ("ToMe", ["--model.backbone.name_or_path", "nowhere/at/all"], "does not exist"),
+        (
+            "TrimTokenator(require_text=true)",
+            [],
+            "require a text and will get none: model.context is not set",
+        ),
         ("InBackbone(merger=NoMerge)", [], "expected a merger with a budget"),
         ("InBackbone(merger=EViT)", ["--compressions", "65"], "compression=65 was asked of samples of 64"),
     ],

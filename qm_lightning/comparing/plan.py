@@ -205,8 +205,10 @@ def check_backbone(plans: Sequence[Plan], base: dict[str, Any]) -> None:
     parser.add_subclass_arguments(HFBackbone, "backbone")
     config = parser.parse_object({"backbone": base["model"]["init_args"]["backbone"]})
     backbone = parser.instantiate(config)["backbone"]
+    paired = base["model"]["init_args"].get("context") is not None
     for plan in plans:
         try:
+            plan.built.require_text_given(paired)
             plan.built.prepare(backbone)
         except UserError as error:
             at = "" if plan.compression is None else f" at {plan.compression:g}x"

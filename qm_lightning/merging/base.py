@@ -45,6 +45,27 @@ class Merger(Described, nn.Module, ABC):
         """Whether it needs the attention that each token receives, which a backbone records on request."""
         return False
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether it refuses samples without a paired text (``Tokens.context``)."""
+        return False
+
+    def require_text_given(self, given: bool, option: str = "model.context") -> None:
+        """Refuse at start-up what would fail at the first batch.
+
+        Args:
+            given: whether something will put a paired text into the tokens' space.
+            option: the user's name of that.
+
+        Raises:
+            UserError: it needs a text and will get none.
+        """
+        if self.needs_text and not given:
+            raise UserError(
+                f"{type(self).__name__} was told to require a text and will get none: {option} is not set; expected "
+                "vectors for the words of a question, and paired data; set it, or leave require_text out"
+            )
+
     def prepare(self, backbone: Any) -> None:
         """Make parameters for a backbone, once, before the optimiser exists; and have it record what is read.
 

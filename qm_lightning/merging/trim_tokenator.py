@@ -64,6 +64,11 @@ class TrimTokenator(BudgetMerger):
         order = most_diverse(unit_metric(tokens), pool, width(wanted, slots))
         return prune(tokens, kept | (order < wanted[:, None]), slots)
 
+    @property
+    def needs_text(self) -> bool:
+        """With ``require_text``."""
+        return self.require_text
+
     @torch.no_grad()
     def _first_stage(self, tokens: Tokens, free: Tensor, wanted: Tensor) -> Tensor:
         text = tokens.context

@@ -61,6 +61,9 @@ class BackboneSet(nn.ModuleDict):
 class MergerSet(nn.ModuleDict):
     """Mergers by modality, built for the width of their own backbone."""
 
+    def require_text_given(self, given: bool, option: str = "") -> None:
+        """Nothing: each of them was asked beside its own path."""
+
     def prepare(self, backbone: BackboneSet) -> None:
         """Nothing: each was prepared for its own backbone."""
 
@@ -109,7 +112,8 @@ class MultimodalModule(QuickMergeModule):
     ) -> None:
         if not paths:
             raise UserError("found no paths; expected a backbone and a merger for each modality")
-        for path in paths.values():
+        for name, path in paths.items():
+            path.merger.require_text_given(path.context is not None, f"model.paths.{name}.context")
             path.merger.prepare(path.backbone)
         super().__init__(
             BackboneSet({name: path.backbone for name, path in paths.items()}),  # type: ignore[arg-type]

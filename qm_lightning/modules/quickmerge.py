@@ -94,6 +94,7 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         self.backbone = backbone
         self.context = context
         self.merger = merger
+        self.merger.require_text_given(context is not None)
         self.merger.prepare(backbone)
         if not isinstance(prior, nn.Module):
             if vocab_size is None:
