@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +16,12 @@ from jsonargparse import Namespace
 from datamodules.errors import DataError, outside_environment
 from datamodules.shards.writer import write_shards
 from datamodules.sources.image import DigitScenes
+from qm_lightning.backbones import HFBackbone
 from qm_lightning.backbones.small import preprocessing_of, save_backbone, small_llama, small_vit
 from qm_lightning.cli import main
-from qm_lightning.commands.train import share_processor
+from qm_lightning.commands.train import require_readable, share_processor
+from qm_lightning.errors import UserError
+from qm_lightning.modules.multimodal import BackboneSet
 
 ROOT = Path(__file__).parents[1]
 
@@ -246,3 +251,16 @@ def test_help_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "lambda" not in shown
     assert "The main advantage is" not in shown
+
+
+def test_each_part_of_a_mixture_fits_its_own_backbone(backbone: Path) -> None:
+    """The pictures' backbone does not read the part of texts."""
+    pictures = HFBackbone(str(backbone), layers=2)
+    model: Any = SimpleNamespace(backbone=BackboneSet({"seen": pictures, "read": pictures}))
+    data: Any = SimpleNamespace(
+        parts={"seen": SimpleNamespace(modality="image"), "read": SimpleNamespace(modality="text")}
+    )
+    with pytest.raises(UserError, match=r"data\.parts\.read: .* gives text but .* is a backbone for image"):
+        require_readable(model, data)
+    data.parts["read"].modality = "paired"
+    require_readable(model, data)

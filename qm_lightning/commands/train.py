@@ -27,6 +27,7 @@ from qm_lightning.callbacks.progress_bar import TrainingBar
 from qm_lightning.callbacks.run_record import CheckpointArtifacts
 from qm_lightning.errors import UserError
 from qm_lightning.modules import QuickMergeModule
+from qm_lightning.modules.multimodal import BackboneSet
 from qm_lightning.packaged import packaged_model
 from qm_lightning.results import write_predictions, write_results
 from qm_lightning.runtime.allowed_imports import limit_imports
@@ -290,19 +291,29 @@ def require_readable(model: LightningModule, data: LightningDataModule) -> None:
     Raises:
         UserError: text for a backbone of pictures, the other way round, or texts longer than its maximum.
     """
-    backbone, given = getattr(model, "backbone", None), getattr(data, "modality", None)
-    if not isinstance(backbone, HFBackbone) or given not in ("text", "image", "video", "paired"):
+    backbone = getattr(model, "backbone", None)
+    if isinstance(backbone, HFBackbone):
+        _require_readable(backbone, data, "data")
+    elif isinstance(backbone, BackboneSet):
+        for name, part in getattr(data, "parts", {}).items():
+            if isinstance(own := dict(backbone.items()).get(name), HFBackbone):
+                _require_readable(own, part, f"data.parts.{name}")
+
+
+def _require_readable(backbone: HFBackbone, data: Any, where: str) -> None:
+    given = getattr(data, "modality", None)
+    if given not in _CONTENT:
         return
     if (backbone.modality == "text") != (given == "text"):
         raise UserError(
-            f"{type(data).__name__} gives {_CONTENT[given]} but {backbone.name_or_path!r} is a backbone for "
-            f"{backbone.modality}; expected the same; choose another --data, or another backbone"
+            f"{where}: {type(data).__name__} gives {_CONTENT[given]} but {backbone.name_or_path!r} is a backbone for "
+            f"{backbone.modality}; expected the same; choose other data, or another backbone"
         )
     longest = getattr(data, "context_length", None)
     if backbone.max_tokens is not None and longest is not None and longest > backbone.max_tokens:
         raise UserError(
-            f"data.context_length is {longest} but {backbone.name_or_path!r} takes {backbone.max_tokens} tokens; "
-            f"expected at most that; give --data.context_length {backbone.max_tokens}, or choose another backbone"
+            f"{where}.context_length is {longest} but {backbone.name_or_path!r} takes {backbone.max_tokens} tokens; "
+            f"expected at most that; give --{where}.context_length {backbone.max_tokens}, or choose another backbone"
         )
 
 
