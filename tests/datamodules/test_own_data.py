@@ -138,22 +138,18 @@ def test_other_files_than_before_are_refused(tmp_path: Path, capsys: pytest.Capt
     assert "prepared with another set of files" in capsys.readouterr().err
 
 
+def prepare_captioned(kind: str, source: Path, table: Path, out: Path) -> list[str]:
+    """The command for a table of captions, all samples for training."""
+    files = ["--source", str(source), "--captions", str(table), "--out", str(out)]
+    return ["prepare", kind, *files, "--val_share", "0", "--test_share", "0"]
+
+
 def test_each_row_of_a_table_is_a_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Captioned collections have several captions for a picture; the last one must not win unseen."""
     save(tmp_path / "in" / "a.jpg")
     table, out = tmp_path / "t.csv", tmp_path / "out"
     table.write_text("file,caption\n./a.jpg,a fox\na.jpg,a red fox\n")
-    command = [
-        "prepare",
-        "paired",
-        "--source",
-        str(tmp_path / "in"),
-        "--captions",
-        str(table),
-        "--out",
-        str(out),
-    ]
-    assert main([*command, "--val_share", "0", "--test_share", "0"]) == 0
+    assert main(prepare_captioned("paired", tmp_path / "in", table, out)) == 0
     assert "2 samples found, 0 files" in capsys.readouterr().out
     assert samples(out, PairedDataModule(out, 2, size=8)) == {"a": "a fox", "a-2": "a red fox"}
 
@@ -288,17 +284,7 @@ def test_clips_from_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
             save(tmp_path / "in" / clip / f"{f}.png", (8 + (clip == "uneven" and f == 2), 8))
     table, out = tmp_path / "t.csv", tmp_path / "out"
     table.write_text("file,caption\nwhole/,waves\nuneven,waves\ngone.mp4,lost\n")
-    command = [
-        "prepare",
-        "video",
-        "--source",
-        str(tmp_path / "in"),
-        "--captions",
-        str(table),
-        "--out",
-        str(out),
-    ]
-    assert main([*command, "--val_share", "0", "--test_share", "0"]) == 0
+    assert main(prepare_captioned("video", tmp_path / "in", table, out)) == 0
     said = capsys.readouterr().out
     for line in (
         "1 samples found, 3 files or records skipped",
