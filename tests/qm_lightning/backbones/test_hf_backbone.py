@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qm_lightning import Tokens
 from qm_lightning.backbones import HFBackbone, recording
+from qm_lightning.errors import UserError
 from qm_lightning.tokens import AttentionStats
 
 
@@ -115,6 +116,21 @@ def test_any_size_where_the_family_allows_it(folders: dict[str, str]) -> None:
     for name in ("dinov2", "dinov3"):
         tokens = HFBackbone(folders[name])({"pixel_values": torch.randn(1, 3, 32, 40)})
         assert tokens.positions[0, -1].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("dinov2", (1, 3, 30, 32), "30 x 32 pixels; expected multiples of the patch, 8 x 8"),
+        ("vit", (1, 1, 32, 32), "the pictures have 1 channels; expected 3"),
+        ("videomae", (1, 3, 3, 24, 24), "the clips have 3 frames; expected"),
+    ],
+)
+def test_pictures_that_do_not_fit_are_named(
+    folders: dict[str, str], name: str, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        HFBackbone(folders[name])({"pixel_values": torch.randn(shape)})
 
 
 def test_text_positions_count_real_tokens(folders: dict[str, str]) -> None:
