@@ -208,6 +208,7 @@ def test_an_interruption_is_for_the_parent_to_report(tmp_path: Path) -> None:
     # When two are done one worker is busy for two seconds, the other one waits for work or is still starting.
     code = (
         "import os, signal, time; from datamodules.shards.processes import map_files\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "for i, _ in enumerate(map_files(time.sleep, [0, 0, 2], 2)):\n"
         "    if i == 1: os.killpg(0, signal.SIGINT)  # what Ctrl-C does"
     )

@@ -48,7 +48,7 @@ class Work:
 
     def mixture_options(self, run: str) -> list[str]:
         """One prior for two parts, which are the same text."""
-        text = {"root": str(self.root / "data"), "batch_size": 8, "targets": "text"}
+        text = {"root": str(self.root / "data"), "batch_size": 8, "targets": "text", "context_length": 96}
         backbone = {"name_or_path": str(self.root / "backbone"), "layers": 2}
         budget = {"class_path": "qm_lightning.merging.FixedBudget", "init_args": {"compression": 2.0}}
         path = {
