@@ -19,6 +19,8 @@ PICTURES = ("png", "jpg", "jpeg")
 ARRAYS = ("frames.npy", "npy")
 # The container is fixed by the name: a file must not pass for a playlist that names other files.
 CONTAINERS = {"mp4": "mp4", "mov": "mov", "webm": "matroska", "mkv": "matroska", "avi": "avi"}
+MICROSECONDS = 1_000_000  # FFmpeg's unit of a file's duration
+MISSING = 0.1  # of a file's duration, at its end: more is no rounding of the header
 MISSING_PYAV = (
     "reading {name} needs PyAV, which is not installed; install it with `pip install 'qm-lightning[video]'`, or "
     "prepare the clips as frames (000.png, 001.png, ... or frames.npy)"
@@ -135,15 +137,15 @@ class VideoFile:
         limits: most pixels of a whole clip.
 
     Raises:
-        DataError: PyAV is missing, or the file holds no readable video.
+        DataError: PyAV is missing, or the file holds no readable video, or ends before its header says.
     """
 
     def __init__(self, name: str, data: bytes, limits: Limits | None = None) -> None:
         self._name, self._data, self._limits = name, data, limits or Limits()
         with self._open() as container:
             stream = self._stream(container)
-            # Some containers do not say how many frames they hold; counting packets decodes nothing.
-            self._frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+            # Matroska does not say how many frames it holds; counting packets decodes nothing.
+            self._frames = stream.frames or self._count(container, stream)
 
     def __len__(self) -> int:
         return int(self._frames)
@@ -170,6 +172,21 @@ class VideoFile:
         if missing := wanted - found.keys():
             raise DataError(f"{self._name} ends before frame {min(missing)} of {len(self)}; it is cut short")
         return np.stack([found[f] for f in frames])
+
+    def _count(self, container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> int:
+        """Packets of the track, with the end of all tracks against the duration in the header."""
+        packets, end = 0, 0.0
+        for packet in container.demux():
+            if packet.size:
+                packets += packet.stream.index == stream.index
+                if packet.pts is not None:
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        promised = (container.duration or 0) / MICROSECONDS  # recorders that stream leave it out
+        if end < promised * (1 - MISSING):
+            raise DataError(
+                f"{self._name} ends after {end:.1f} s of {promised:.1f} s; it is cut short; fetch or write it again"
+            )
+        return packets
 
     def _open(self) -> av.container.InputContainer:
         try:

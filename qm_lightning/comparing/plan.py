@@ -19,6 +19,7 @@ from qm_lightning.commands.train import Parser, QuickMergeCLI, share_processor
 from qm_lightning.comparing.specs import MergerSpec
 from qm_lightning.errors import UserError
 from qm_lightning.merging import FixedBudget, Merger
+from qm_lightning.runtime.option_errors import explain
 
 MERGER = "model.merger"
 # Neither changes what a cell computes.
@@ -162,7 +163,7 @@ def _build(
         config = parser.parse_args([*start, *_settings(spec, budget, compression)])
         merger: Merger = parser.instantiate(config)[MERGER]
     except (UserError, TypeError, ValueError, jsonargparse.ArgumentError) as error:
-        raise UserError(f"--mergers has {spec.label!r}: {' '.join(str(error).split())}") from error
+        raise UserError(f"--mergers has {spec.label!r}: {explain(str(error))}") from error
     return config.as_dict()["model"]["merger"], merger
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from importlib import import_module
 
 from qm_lightning.runtime.allowed_imports import ALLOWED_PACKAGES
 
@@ -30,6 +31,7 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         _wrong_type,
         _no_file,
         _missing,
+        _tried_types,
     ):
         if (found := reading(line, list(known))) is not None:
             return found
@@ -92,10 +94,19 @@ def _no_class(line: str, known: list[str]) -> str | None:
     )
     if not name or "Parser key" not in line:
         return None
+    wanted = name[1].rpartition(".")[2]
+    near = difflib.get_close_matches(wanted, _class_names(), n=1, cutoff=0.7)
+    hint = f"did you mean {near[0]}?" if near and near[0] != wanted else "check the spelling"
     return (
         f"found {_written(line)} {name[1]}, which is no class that goes there; expected its short name or "
-        "PACKAGE.CLASS; check the spelling"
+        f"PACKAGE.CLASS; {hint}"
     )
+
+
+def _class_names() -> list[str]:
+    """What our packages export, for a suggestion."""
+    packages = ["datamodules", *(f"qm_lightning.{name}" for name in ("backbones", "merging", "modules", "priors"))]
+    return [name for package in packages for name in import_module(package).__all__]
 
 
 def _wrong_type(line: str, known: list[str]) -> str | None:
@@ -131,6 +142,18 @@ def _missing(line: str, known: list[str]) -> str | None:
         return None
     names = ", ".join(name.partition(".")[2] for name in missing[1].split(", "))
     return f"found no {names}; expected an experiment; give --config configs/experiment/NAME.yaml"
+
+
+def _tried_types(line: str, known: list[str]) -> str | None:
+    """What is wrong inside a class that may also be left out; the rest of the message prints all its arguments."""
+    tried = re.search(r"Errors: - (.+?) - Expected a <class 'NoneType'>", line)
+    if not tried:
+        return None
+    missing = re.fullmatch(r"the following arguments are required: ([\w, ]+)", tried[1])
+    if missing:
+        at = f" of {_written(line)}" if "Parser key" in line else ""
+        return f"found no {missing[1]}{at}, which its class requires; expected a value; give one"
+    return tried[1] if "; expected " in tried[1] else None
 
 
 def name_arguments(message: str, taken: Iterable[str]) -> str:

@@ -85,6 +85,14 @@ def test_a_cut_video_file_is_refused() -> None:
         open_clip({"mp4": b"#EXTM3U\nfile:///etc/passwd\n"})
 
 
+def test_a_cut_file_whose_header_does_not_count_its_frames() -> None:
+    moving = np.random.default_rng(0).integers(0, 256, (40, 64, 64), dtype=np.uint8)
+    whole = film(moving, "matroska")
+    assert len(open_clip({"mkv": whole})) == 40
+    with pytest.raises(DataError, match=r"mkv ends after [\d.]+ s of 4.0 s; it is cut short"):
+        open_clip({"mkv": whole[: len(whole) // 2]})
+
+
 def test_a_title_that_is_not_utf8_does_not_matter() -> None:
     data = film(frames())
     assert data.count(b"Zoe") == 1

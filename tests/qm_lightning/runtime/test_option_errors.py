@@ -54,7 +54,12 @@ def test_other_messages_become_one_line() -> None:
             ["--model.merger", "os.system"],
             "found --model.merger os.system; expected a class of qm_lightning,",
         ),
-        (["--model.merger", "ToMee"], "found --model.merger ToMee, which is no class that goes there"),
+        (
+            ["--model.merger", "ToMee"],
+            "found --model.merger ToMee, which is no class that goes there; expected its short name or "
+            "PACKAGE.CLASS; did you mean ToMe?",
+        ),
+        (["--model.merger", "InBackbone"], "found no merger of --model, which its class requires"),
         (
             ["--model", "qm_lightning.modules.Nope"],
             "found --model qm_lightning.modules.Nope, which is no class",
