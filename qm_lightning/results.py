@@ -112,7 +112,7 @@ def _write(
 
 
 def write_predictions(run_dir: Path, batches: list[Any], trainer: Trainer, datamodule: Any) -> None:
-    """Write predictions.jsonl: one line a sample, in the order of the shards.
+    """Write predictions.jsonl: one line a sample, in the order of the shards, with the target beside the prediction.
 
     Args:
         run_dir: the run's directory.
@@ -122,17 +122,7 @@ def write_predictions(run_dir: Path, batches: list[Any], trainer: Trainer, datam
     """
     if batches and isinstance(batches[0], list):  # one list per part of a mixture
         batches = [batch for part in batches for batch in part]
-    rows = [
-        {
-            "position": int(position),
-            "key": key,
-            "prediction": datamodule.decode_targets(sequence),
-            **({"modality": batch["modality"]} if "modality" in batch else {}),
-        }
-        for batch in batches
-        for key, position, sequence in zip(batch["keys"], batch["position"], batch["sequences"], strict=True)
-        if int(position) >= 0
-    ]
+    rows = [row for batch in batches for row in _predicted(batch, datamodule)]
     gathered = [rows]
     if trainer.world_size > 1:
         gathered = [[] for _ in range(trainer.world_size)]
@@ -146,3 +136,14 @@ def write_predictions(run_dir: Path, batches: list[Any], trainer: Trainer, datam
         staging.write_text("".join(json.dumps(row) + "\n" for row in ordered))
         staging.replace(run_dir / "predictions.jsonl")
         print(f"{len(ordered)} predictions: {run_dir / 'predictions.jsonl'}")
+
+
+def _predicted(batch: dict[str, Any], datamodule: Any) -> list[dict[str, Any]]:
+    """Lines of one batch, its padding left out; what was to be said stands beside it, where data has targets."""
+    names = {"sequences": "prediction", "targets": "target"}
+    rows = []
+    for i, position in enumerate(batch["position"].tolist()):
+        said = {names[name]: datamodule.decode_targets(batch[name][i]) for name in names if name in batch}
+        part = {"modality": batch["modality"]} if "modality" in batch else {}
+        rows.append({"position": position, "key": batch["keys"][i], **said, **part})
+    return [row for row in rows if row["position"] >= 0]

@@ -103,7 +103,9 @@ def test_the_main_job(
 
     assert main(["predict", *base]) == 0
     lines = (run / "predictions.jsonl").read_text().splitlines()
-    assert [json.loads(line)["position"] for line in lines] == list(range(10))
+    rows = [json.loads(line) for line in lines]
+    assert [row["position"] for row in rows] == list(range(10))
+    assert all(set(row["target"]) <= set("0123456789") and row["target"] for row in rows)
 
 
 RIVALS = (

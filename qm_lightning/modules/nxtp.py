@@ -164,7 +164,7 @@ class NXTPModule(QuickMergeModule):
 
         Returns:
             ``keys``, ``position`` [B] long as ever, and ``sequences`` [B,T] long: each label's tokens and the
-            separator, -100 = padding.
+            separator, -100 = padding. ``targets`` [B,T] are the true ones.
         """
         _, merged = self.merge(batch)
         options = self.decoding
@@ -182,4 +182,5 @@ class NXTPModule(QuickMergeModule):
             ]
             rows.append(torch.cat(written) if written else tokens.new_empty(0))
         sequences = pad_sequence(rows, batch_first=True, padding_value=-100)
-        return {"keys": batch["keys"], "position": batch["position"], "sequences": sequences}
+        known = {name: batch[name] for name in ("keys", "position", "targets")}
+        return {**known, "sequences": sequences}

@@ -98,5 +98,9 @@ def _optimizer(trainable: dict[str, nn.Parameter], options: OptimizerOptions) ->
 
 
 def _is_hidden(name: str, parameter: nn.Parameter) -> bool:
-    """A matrix inside a numbered block, such as ``prior.trunk.blocks.0.mlp.project_in.weight``."""
-    return parameter.ndim == 2 and any(part.isdigit() for part in name.split("."))
+    """A matrix inside a numbered block, such as ``prior.trunk.blocks.0.mlp.project_in.weight``.
+
+    What a merger learns is a small head that scores tokens, and no block: under Muon DynamicViT keeps worse ones.
+    """
+    parts = name.split(".")
+    return parameter.ndim == 2 and parts[0] != "merger" and any(part.isdigit() for part in parts)

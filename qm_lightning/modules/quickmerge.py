@@ -195,14 +195,15 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         """Greedy target sequences.
 
         Returns:
-            ``keys`` (list of B sample keys), ``position`` [B] long (order of the epoch, -1 = padding) and
-            ``sequences`` [B,<=T] long.
+            ``keys`` (list of B sample keys), ``position`` [B] long (order of the epoch, -1 = padding),
+            ``sequences`` [B,<=T] long, and the ``targets`` [B,T] that they are to be.
         """
         _, merged = self.merge(batch)
         sequences = self.prior.generate(
             merged, max_new_tokens=batch["targets"].shape[1], temperature=0.0, eos_id=self.eos_id
         )
-        return {"keys": batch["keys"], "position": batch["position"], "sequences": sequences}
+        known = {name: batch[name] for name in ("keys", "position", "targets")}
+        return {**known, "sequences": sequences}
 
     def configure_model(self) -> None:
         """Under ``strategy: fsdp2``, shard what is trained over the processes; else nothing."""

@@ -105,7 +105,10 @@ def _no_class(line: str, known: list[str]) -> str | None:
 
 def _class_names() -> list[str]:
     """What our packages export, for a suggestion."""
-    packages = ["datamodules", *(f"qm_lightning.{name}" for name in ("backbones", "merging", "modules", "priors"))]
+    packages = [
+        "datamodules",
+        *(f"qm_lightning.{name}" for name in ("backbones", "merging", "modules", "priors")),
+    ]
     return [name for package in packages for name in import_module(package).__all__]
 
 

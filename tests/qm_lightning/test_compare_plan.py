@@ -72,7 +72,7 @@ def test_a_name_alone_is_the_merger_as_configured(tmp_path: Path) -> None:
         ("ToMe(colour=red)", "colour"),
         ("QuickMerge(budget=MassBudget)", "MassBudget takes no compression"),
         ("QuickMerge(locality=far)", "locality"),
-        ("DynamicPooling(max_span=2)", r"\)': DynamicPooling: max_span=2 cannot reach compression=4; .*; raise max_span$"),
+        ("DynamicPooling(max_span=2)", r"\)': DynamicPooling: max_span=2 cannot reach .*; raise max_span$"),
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path: Path, spec: str, message: str) -> None:

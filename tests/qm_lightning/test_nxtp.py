@@ -63,6 +63,7 @@ def test_the_experiment(base: list[str], tmp_path: Path, monkeypatch: pytest.Mon
     assert [row["position"] for row in rows] == list(range(6))
     assert all(set(row["prediction"]) <= set("0123456789, ") for row in rows)
     assert any(row["prediction"] for row in rows)
+    assert all(0 < len(row["target"].split(", ")) <= 4 for row in rows)
 
     # A truncated decoder: the first block of two, then fine-tuned.
     shallow = tmp_path / "shallow"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qm_lightning.errors import UserError
+from qm_lightning.merging import DynamicViT
 from qm_lightning.modules.muon import MuonWithAdamW
 from qm_lightning.modules.optim import OptimizerOptions, build_optimizer
 from qm_lightning.priors import ARPrior
@@ -55,6 +56,15 @@ def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest() -> None:
     rest = [p for group in others for p in group["params"]]
     assert _names(prior, rest) == {n for n, _ in prior.named_parameters()} - hidden
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.1, 0.0]
+
+
+def test_adamw_takes_what_a_merger_learns() -> None:
+    model = nn.ModuleDict({"prior": _prior(), "merger": DynamicViT(input_dim=16)})
+    optimizer, _ = _recipe(model, MUON)
+    muon, *others = optimizer.param_groups
+    assert all(name.startswith("prior.") for name in _names(model, muon["params"]))
+    rest = _names(model, [p for group in others for p in group["params"]])
+    assert {name for name, _ in model.named_parameters() if name.startswith("merger.")} < rest
 
 
 def test_every_parameter_moves_as_its_own_optimizer_moves_it() -> None:
