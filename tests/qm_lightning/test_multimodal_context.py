@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from qm_lightning.backbones import HFBackbone, WordVectors
+from qm_lightning.backbones import HFBackbone, InBackbone, WordVectors
 from qm_lightning.backbones.small import preprocessing_of, save_backbone, small_vit
 from qm_lightning.backbones.words import save_words
 from qm_lightning.errors import UserError
-from qm_lightning.merging import FixedBudget, QuickMerge, TrimTokenator
+from qm_lightning.merging import FixedBudget, QuickMerge, ToMe, TrimTokenator
 from qm_lightning.modules import MultimodalModule
 from qm_lightning.modules.multimodal import ModalityPath
 from qm_lightning.priors import ARPrior
@@ -89,3 +89,27 @@ def test_every_parameter_gets_a_gradient_whichever_part_a_batch_is_of(tmp_path: 
         }  # type: ignore[union-attr]
         assert moved[name] > 0.0
         assert moved[idle] == 0.0
+
+
+def test_one_part_may_merge_between_the_layers_of_its_backbone(tmp_path: Path) -> None:
+    vit = small_vit(width=WIDTH, depth=3, heads=2)
+    save_backbone(vit, tmp_path / "vit", preprocessing_of(vit))
+
+    def backbone() -> HFBackbone:
+        return HFBackbone(str(tmp_path / "vit"), layers=1)
+
+    paths = {
+        "inside": ModalityPath(backbone(), InBackbone(ToMe(FixedBudget(4.0)))),
+        "behind": ModalityPath(backbone(), ToMe(FixedBudget(4.0))),
+    }
+    module = MultimodalModule(
+        paths, lambda width, words: ARPrior(width, words, dim=16, depth=1, heads=2), vocab_size=11, eos_id=10
+    ).eval()
+    for place, name in enumerate(paths):
+        tokens, merged = module.merge(batch(name, 0))
+        assert merged.mask.sum(1).tolist() == [16] * PICTURES
+        assert tokens.mask.sum(1).tolist() == [64] * PICTURES
+        own = merged.values[..., WIDTH * place : WIDTH * (place + 1)]
+        assert own.count_nonzero() > 0
+        assert merged.values.count_nonzero() == own.count_nonzero()  # the other part's coordinates stay empty
+        assert module.view(name).merge(batch(name, 0))[1].values.equal(merged.values)
