@@ -20,7 +20,7 @@ MERGERS ?= QuickMerge,NoMerge,UniformPool,RandomPrune,TopKPrune,ToMe
 COMPRESSIONS ?= 2.37
 SEEDS ?= 1
 STEPS ?= 400
-STEPS_text ?= 200
+STEPS_text ?= 160
 JOBS ?= 2
 BACKBONE ?=
 

@@ -89,8 +89,13 @@ def _headline(blocks: Sequence[tuple[float | None, list[Row]]], rows: Sequence[R
     for target, block in own:
         ours = next(row for row in block if row.method == name)
         if block[0] is not ours:
-            figures = f"{nats(block[0].mean(QUALITY))} against {nats(ours.mean(QUALITY))}"
-            lost.append(f"{_at(target)} {block[0].method} is lower, {figures}{_mark(block[0], ours)}")
+            theirs, own_figure = nats(block[0].mean(QUALITY)), nats(ours.mean(QUALITY))
+            gap = (
+                f"lower, {theirs} against {own_figure}"
+                if theirs != own_figure
+                else f"level with it, {theirs}"
+            )
+            lost.append(f"{_at(target)} {block[0].method} is {gap}{_mark(block[0], ours)}")
     text = f"{name} has the lowest loss at {len(won) or 'none'} of {len(own)} compressions"
     if len(own) == 1 and not won:
         text = f"{name} does not have the lowest loss"

@@ -47,6 +47,11 @@ def test_losing_everywhere_is_said_plainly() -> None:
     assert found.headline.startswith("QuickMerge does not have the lowest loss; at 4x ToMe is lower")
 
 
+def test_a_loss_that_no_printed_digit_shows_is_called_level() -> None:
+    found = find(runs("QuickMerge", 4.0, (0.1742,)) + runs("ToMe", 4.0, (0.1738,)))
+    assert "at 4x ToMe is level with it, 0.174 nats per target token" in found.headline
+
+
 def test_a_gap_within_the_spread_is_not_called_a_win() -> None:
     """Differences of 0.002, -0.008 and 0.012: mean 0.002, deviation 0.01, standard error 0.0058."""
     found = find(runs("QuickMerge", 4.0, (0.09, 0.1, 0.11)) + runs("ToMe", 4.0, (0.092, 0.092, 0.122)))
