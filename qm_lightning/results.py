@@ -141,9 +141,14 @@ def write_predictions(run_dir: Path, batches: list[Any], trainer: Trainer, datam
 def _predicted(batch: dict[str, Any], datamodule: Any) -> list[dict[str, Any]]:
     """Lines of one batch, its padding left out; what was to be said stands beside it, where data has targets."""
     names = {"sequences": "prediction", "targets": "target"}
+    part = {"modality": batch["modality"]} if "modality" in batch else {}
     rows = []
     for i, position in enumerate(batch["position"].tolist()):
-        said = {names[name]: datamodule.decode_targets(batch[name][i]) for name in names if name in batch}
-        part = {"modality": batch["modality"]} if "modality" in batch else {}
-        rows.append({"position": position, "key": batch["keys"][i], **said, **part})
-    return [row for row in rows if row["position"] >= 0]
+        if position >= 0:
+            said = {
+                shown: datamodule.decode_targets(batch[name][i])
+                for name, shown in names.items()
+                if name in batch
+            }
+            rows.append({"position": position, "key": batch["keys"][i], **said, **part})
+    return rows

@@ -20,7 +20,7 @@ ARRAYS = ("frames.npy", "npy")
 # The container is fixed by the name: a file must not pass for a playlist that names other files.
 CONTAINERS = {"mp4": "mp4", "mov": "mov", "webm": "matroska", "mkv": "matroska", "avi": "avi"}
 MICROSECONDS = 1_000_000  # FFmpeg's unit of a file's duration
-MISSING = 0.1  # of a file's duration, at its end: more is no rounding of the header
+CUT_SHARE = 0.1  # of a file's duration, missing at its end: more is no rounding of the header
 MISSING_PYAV = (
     "reading {name} needs PyAV, which is not installed; install it with `pip install 'qm-lightning[video]'`, or "
     "prepare the clips as frames (000.png, 001.png, ... or frames.npy)"
@@ -182,7 +182,7 @@ class VideoFile:
                 if packet.pts is not None:
                     end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         promised = (container.duration or 0) / MICROSECONDS  # recorders that stream leave it out
-        if end < promised * (1 - MISSING):
+        if end < promised * (1 - CUT_SHARE):
             raise DataError(
                 f"{self._name} ends after {end:.1f} s of {promised:.1f} s; it is cut short; fetch or write it again"
             )

@@ -16,7 +16,7 @@ from qm_lightning.merging import Merger
 from qm_lightning.metrics.encoders import StringEncoder
 from qm_lightning.metrics.labels import LabelScores
 from qm_lightning.modules.optim import OptimizerOptions
-from qm_lightning.modules.quickmerge import LossWeights, QuickMergeModule
+from qm_lightning.modules.quickmerge import LossWeights, QuickMergeModule, predicted
 from qm_lightning.priors import LabelPrior, PriorOutput, keep_first_blocks, one_shot, scored_labels
 from qm_lightning.runtime.checkpoint_io import read_checkpoint
 from qm_lightning.tokens import MergedTokens, Tokens
@@ -182,5 +182,4 @@ class NXTPModule(QuickMergeModule):
             ]
             rows.append(torch.cat(written) if written else tokens.new_empty(0))
         sequences = pad_sequence(rows, batch_first=True, padding_value=-100)
-        known = {name: batch[name] for name in ("keys", "position", "targets")}
-        return {**known, "sequences": sequences}
+        return predicted(batch, sequences)

@@ -63,6 +63,11 @@ def paired_text(
     return words(batch["context"])  # type: ignore[no-any-return]
 
 
+def predicted(batch: dict[str, Any], sequences: Tensor) -> dict[str, Any]:
+    """What ``predict_step`` returns: ``sequences`` beside what says whose they are and what they are to be."""
+    return {**{name: batch[name] for name in ("keys", "position", "targets")}, "sequences": sequences}
+
+
 class QuickMergeModule(FrozenBackboneMixin, LightningModule):
     """Trains a merger and an AR prior behind a frozen backbone.
 
@@ -202,8 +207,7 @@ class QuickMergeModule(FrozenBackboneMixin, LightningModule):
         sequences = self.prior.generate(
             merged, max_new_tokens=batch["targets"].shape[1], temperature=0.0, eos_id=self.eos_id
         )
-        known = {name: batch[name] for name in ("keys", "position", "targets")}
-        return {**known, "sequences": sequences}
+        return predicted(batch, sequences)
 
     def configure_model(self) -> None:
         """Under ``strategy: fsdp2``, shard what is trained over the processes; else nothing."""
