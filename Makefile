@@ -45,7 +45,7 @@ SOURCE_text := --source stdlib --workers 2
 SOURCE_text_streaming := --source stdlib --task passage --workers 2
 
 # Every other shipped experiment for real, each with its report; what is finished is not run again.
-EXPERIMENTS ?= video paired nxtp text_streaming mixture
+EXPERIMENTS ?= video paired nxtp text_streaming text_minilm mixture
 SHORTER ?= # e.g. make demo-all STEPS=50 SHORTER='--trainer.max_steps 100' BACKBONE='--trainer.max_steps 100'
 
 demo-all: demo $(EXPERIMENTS:%=report/%/index.html)

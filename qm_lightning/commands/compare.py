@@ -137,8 +137,12 @@ def _import_aside() -> None:
     forkserver.ensure_running()
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _threads(jobs: int) -> int:
+    """Threads of each of ``jobs`` processes: its share of the cores, or fewer if ``OMP_NUM_THREADS`` says so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // jobs)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(asked)) if asked.isdigit() and int(asked) else share
 
 
 def _train(cells: Sequence[Cell], jobs: int, steps: int, console: Console) -> list[Failure]:
@@ -156,8 +160,9 @@ def _train(cells: Sequence[Cell], jobs: int, steps: int, console: Console) -> li
     context = _context()
 
     def start(cell: Cell) -> BaseProcess:
-        threads = max(1, _cores() // jobs)
-        process = context.Process(target=worker.train_cell, args=(cell.arguments("fit"), cell.log, threads))
+        process = context.Process(
+            target=worker.train_cell, args=(cell.arguments("fit"), cell.log, _threads(jobs))
+        )
         process.start()
         return process
 
@@ -182,7 +187,7 @@ def _measure(cells: Sequence[Cell], everything: bool, console: Console) -> list[
 
     def start(cell: Cell) -> BaseProcess:
         process = context.Process(
-            target=worker.measure_cell, args=(cell.arguments("test"), cell.log, _cores())
+            target=worker.measure_cell, args=(cell.arguments("test"), cell.log, _threads(1))
         )
         process.start()
         return process

@@ -16,6 +16,7 @@ import compare_cases
 import pytest
 from rich.console import Console
 
+from qm_lightning.commands import compare
 from qm_lightning.comparing.cells import Cell, digest_of, directory_name
 from qm_lightning.comparing.schedule import GRACE, Failure, progress_of, run_cells
 from qm_lightning.comparing.specs import parse_specs
@@ -78,6 +79,17 @@ def test_jobs_run_at_the_same_time(tmp_path: Path) -> None:
     failures, done, _ = run(cells, dict.fromkeys(("A", "B"), compare_cases.meet), jobs=2)
     assert failures == []
     assert sorted(done) == ["A", "B"]
+
+
+@pytest.mark.parametrize(("asked", "jobs", "threads"), [(None, 2, 4), ("3", 1, 3), ("9", 4, 2), ("", 99, 1)])
+def test_threads_are_a_share_of_the_cores_or_what_omp_asks_for(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, jobs: int, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert compare._threads(jobs) == threads
 
 
 def test_stopping_asks_the_cells_to_save(tmp_path: Path) -> None:
