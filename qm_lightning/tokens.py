@@ -112,6 +112,8 @@ class MergedTokens:
             merged; ``None``: that of the merged tokens.
         unmerged: [B,N,D] float, the tokens as the merger found them, for a decoder that predicts each of them;
             streaming mergers give it.
+        faint: [B,K] bool, tokens that stay in training alone, next to unseen, for a merger to learn from; they do
+            not count as kept. ``None``: none do.
     """
 
     values: Tensor
@@ -126,6 +128,7 @@ class MergedTokens:
     anchors: Tensor | None = None
     end: Tensor | None = None
     unmerged: Tensor | None = None
+    faint: Tensor | None = None
 
     def unmerge(self) -> Tensor:
         """Give each token its group's value back.
@@ -141,4 +144,5 @@ class MergedTokens:
     def compression(self) -> Tensor:
         """Valid tokens in per token out, [B] float."""
         counts = (self.assignment >= 0).sum(dim=1) if self.counts is None else self.counts
-        return counts.float() / self.mask.sum(dim=1).float()
+        kept = self.mask if self.faint is None else self.mask & ~self.faint
+        return counts.float() / kept.sum(dim=1).clamp(min=1).float()

@@ -114,7 +114,8 @@ class DynamicViT(BudgetMerger):
         # A real token stays where it is, so gates fit the merged tokens as they are.
         merged = prune(tokens, tokens.mask, tokens.mask.shape[1])
         seen = torch.where(free, LEAK + (1.0 - LEAK) * gates, 1.0)
-        return replace(merged, size=merged.size * seen, losses={"ratio": loss})
+        dropped = free & (gates.detach() < 0.5)
+        return replace(merged, size=merged.size * seen, losses={"ratio": loss}, faint=dropped)
 
     def decide(self, tokens: Tokens, policy: Tensor) -> tuple[Tensor, Tensor]:
         """Gates of one stage between the layers of a backbone, where dropped tokens stay in the tensor.

@@ -14,12 +14,16 @@ from qm_lightning.merging.base import BudgetMerger, Causality
 from qm_lightning.merging.budget import Budget
 from qm_lightning.merging.coverage import spread
 from qm_lightning.merging.entropy_budget import EntropyBudget
+from qm_lightning.merging.faint import with_faint_tokens
 from qm_lightning.merging.grouping import nearest_anchor
 from qm_lightning.merging.noise import Noise
 from qm_lightning.merging.novelty import repetition
 from qm_lightning.merging.salience import LOW_ENTROPY, Salience
 from qm_lightning.merging.select import chosen_indices, top_mask
 from qm_lightning.tokens import AttentionStats, MergedTokens, Tokens
+
+LEAST_SALIENCE = 0.01  # and 0.99 the most, so that odds are finite
+STEEPEST = 64.0  # exp(-64) is a normal number in float32, and a sum of many exp(64) is finite
 
 
 class QuickMerge(BudgetMerger):
@@ -33,6 +37,12 @@ class QuickMerge(BudgetMerger):
         noise_scale: of the Gumbel noise on the choice of anchors in training.
         gate_temperature: of the gate's gradient.
         eps: mass of a token that is no anchor, and the least mass of an anchor.
+        sharpness: a member of a group weighs ``(s / (1 - s))^sharpness`` in its average, s its salience, in place of
+            the gate and ``eps`` (ours): what matters in a group speaks for it, and training sees every member. With
+            learned salience and 1 it is a softmax of the standardised scores; 0 is the plain mean. ``None``: the
+            specified rule, anchors by their salience and others by ``eps``.
+        faint: in training with learned salience, tokens that are no anchors also stay by themselves, with this share
+            of their size (ours): next to unseen, but salience learns what each would be worth. 0: they do not.
         novelty: share of its salience that a token of a clip loses when it repeats what lay at its place a step
             before, in [0,1]: what stands still is kept once, and the budget falls. Texts and pictures are not touched.
         coverage: share of the budget that goes to the most salient token of each part of the input, the parts being
@@ -53,6 +63,8 @@ class QuickMerge(BudgetMerger):
         noise_scale: float = 0.1,
         gate_temperature: float = 0.1,
         eps: float = 0.01,
+        sharpness: float | None = None,
+        faint: float = 0.0,
         novelty: float = 0.0,
         coverage: float = 0.0,
         salience_weights: tuple[float, float, float] = LOW_ENTROPY,
@@ -64,7 +76,11 @@ class QuickMerge(BudgetMerger):
         self.salience = Salience(salience_weights, learn_weights)
         self.noise = Noise(seed)
         self.locality, self.noise_scale, self.gate_temperature = locality, noise_scale, gate_temperature
-        self.eps = eps
+        self.eps, self.sharpness, self.faint = eps, sharpness, faint
+        if sharpness is not None and not 0.0 <= sharpness < float("inf"):
+            raise UserError(f"QuickMerge(sharpness={sharpness}): expected None, or a number from 0 up")
+        if not 0.0 <= faint < 1.0:
+            raise UserError(f"QuickMerge(faint={faint}): expected a share in [0, 1)")
         if not 0.0 <= novelty <= 1.0:
             raise UserError(f"QuickMerge(novelty={novelty}): expected a share in [0, 1]")
         if not 0.0 <= coverage <= 1.0:
@@ -113,10 +129,21 @@ class QuickMerge(BudgetMerger):
         anchors = chosen_indices(chosen, self.slots(tokens, counts))
         assignment = nearest_anchor(tokens, chosen, anchors, counts, self.locality)
         gate = self._gate(scores, chosen, tokens)
-        mass = gate * salience.clamp(min=self.eps) + (1.0 - gate) * self.eps
+        mass = self._mass(salience, gate)
         if tokens.size is not None:
             mass = mass * own_sizes(tokens)
-        return assemble(tokens, assignment, mass, anchors, counts, whole=False)
+        merged = assemble(tokens, assignment, mass, anchors, counts, whole=False)
+        # Between the layers of a backbone as many tokens must leave as the schedule says.
+        if self.training and self.faint > 0 and scores.requires_grad and tokens.keep is None:
+            return with_faint_tokens(tokens, merged, gate, self.faint)
+        return merged
+
+    def _mass(self, salience: Tensor, gate: Tensor) -> Tensor:
+        """What each token weighs in the average of its group, [B,N]."""
+        if self.sharpness is not None:
+            odds = torch.logit(salience.clamp(LEAST_SALIENCE, 1.0 - LEAST_SALIENCE))
+            return torch.exp((self.sharpness * odds).clamp(-STEEPEST, STEEPEST))
+        return gate * salience.clamp(min=self.eps) + (1.0 - gate) * self.eps
 
     def _gate(self, scores: Tensor, chosen: Tensor, tokens: Tokens) -> Tensor:
         """1 for anchors, 0 for others; its gradient is a sigmoid's around the border between them."""

@@ -61,6 +61,16 @@ CASES = [
         lambda b: QuickMerge(b or FixedBudget(), coverage=0.6, eps=0.3),
         keeps_mass=True,
     ),
+    Case("QuickMerge-sharp", lambda b: QuickMerge(b or FixedBudget(), sharpness=1.0), keeps_mass=True),
+    Case(
+        "QuickMerge-faint",
+        lambda b: QuickMerge(
+            b or FixedBudget(), learn_weights=True, sharpness=1.0, faint=0.01, input_dim=DIM, layers=2
+        ).double(),
+        keeps_mass=True,
+        masks=True,
+    ),
+    Case("QuickMerge-mean", lambda b: QuickMerge(b, sharpness=0.0), keeps_mass=True, averages=True),
     Case("QuickMerge-entropy", lambda b: QuickMerge(b), keeps_mass=True),
     Case(
         "QuickMerge-learned",

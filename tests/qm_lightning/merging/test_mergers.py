@@ -94,6 +94,87 @@ def test_learned_salience_gets_gradients() -> None:
     assert merger.salience.weight.grad.abs().sum() > 0
 
 
+def test_sharpness_weighs_a_group_by_the_odds_of_its_salience() -> None:
+    """The spec's toy: x at 0, 5, 90 and 95 degrees, K = 2 -> groups {0,1} and {2,3}."""
+    angle = torch.deg2rad(torch.tensor([0.0, 5.0, 90.0, 95.0]))
+    values = torch.stack([angle.cos(), angle.sin()], -1)[None]
+    tokens = Tokens(values, torch.ones(1, 4, dtype=torch.bool), torch.arange(4)[None, :, None])
+    salience = torch.tensor([[0.9, 0.1, 0.8, 0.1]], requires_grad=True)
+    merger = QuickMerge(FixedBudget(2.0), locality=0.0, sharpness=0.5, noise_scale=0.0).train()
+    merged = merger.merge(tokens, salience)
+    # Odds 9 and 1/9, 4 and 1/9; their roots are 3 and 1/3, 2 and 1/3.
+    share = 3 / (3 + 1 / 3), 2 / (2 + 1 / 3)
+    expected = torch.stack(
+        [
+            share[0] * values[0, 0] + (1 - share[0]) * values[0, 1],
+            share[1] * values[0, 2] + (1 - share[1]) * values[0, 3],
+        ]
+    )
+    torch.testing.assert_close(merged.values[0], expected)
+    merged.values[0, 0, 1].backward()  # only token 1 has height there: more of its salience, more of it
+    assert salience.grad is not None
+    assert salience.grad[0, 1] > 0 > salience.grad[0, 0]
+    assert (salience.grad[0, 2:] == 0).all()
+
+
+def test_faint_tokens_are_seen_by_training_alone() -> None:
+    tokens = make_tokens()
+    options = {"learn_weights": True, "sharpness": 1.0, "noise_scale": 0.0, "input_dim": 8, "layers": 2}
+    plain = QuickMerge(FixedBudget(2.0), **options)  # type: ignore[arg-type]
+    faint = QuickMerge(FixedBudget(2.0), faint=0.01, **options)  # type: ignore[arg-type]
+    expected, found = plain.train()(tokens), faint.train()(tokens)
+    assert found.faint is not None
+    torch.testing.assert_close(found.compression, expected.compression)
+    assert torch.equal(found.mask, tokens.mask)
+    torch.testing.assert_close(found.unmerge(), expected.unmerge())
+    for b in range(len(tokens.mask)):
+        anchor, by_itself = found.mask[b] & ~found.faint[b], found.faint[b]
+        torch.testing.assert_close(found.values[b, anchor], expected.values[b, expected.mask[b]])
+        torch.testing.assert_close(found.size[b, anchor], expected.size[b, expected.mask[b]])
+        torch.testing.assert_close(found.values[b, by_itself], tokens.values[b, by_itself])
+        assert (found.size[b, by_itself] == 0.01).all()
+        assert torch.equal(found.ready[b, anchor], expected.ready[b, expected.mask[b]])
+    # Evaluation, and training where nothing is learned, keep merged tokens alone.
+    assert faint.eval()(tokens).faint is None
+    with torch.no_grad():
+        assert faint.train()(tokens).faint is None
+    assert QuickMerge(FixedBudget(2.0), faint=0.01).train()(tokens).faint is None
+    with pytest.raises(UserError, match=r"QuickMerge\(faint=1"):
+        QuickMerge(faint=1.0)
+
+
+def test_the_size_of_a_faint_token_teaches_salience_what_it_is_worth() -> None:
+    tokens = make_tokens()
+    merger = QuickMerge(
+        FixedBudget(2.0),
+        learn_weights=True,
+        sharpness=1.0,
+        noise_scale=0.0,
+        faint=0.01,
+        input_dim=8,
+        layers=2,
+    ).train()
+    merged = merger(tokens)
+    assert merged.faint is not None
+    (merged.size * merged.faint).sum().backward()  # wants members to be seen
+    assert merger.salience.readout is not None
+    grad = merger.salience.readout[1].weight.grad
+    assert grad is not None
+    assert grad.abs().sum() > 0
+
+
+def test_no_sharpness_or_weight_makes_an_average_overflow_or_vanish() -> None:
+    tokens = make_tokens()
+    merger = QuickMerge(FixedBudget(4.0), sharpness=1e6).eval()
+    for factor in (1.0, -1.0, 1e3):
+        merged = merger.merge(tokens, factor * torch.rand(tokens.mask.shape))
+        assert merged.values.isfinite().all()
+        assert (merged.values[merged.mask].abs().sum(-1) > 0).all()
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"QuickMerge\(sharpness="):
+            QuickMerge(sharpness=wrong)
+
+
 def test_learned_salience_keeps_its_range_however_large_the_weights_grow() -> None:
     tokens = make_tokens()
     salience = Salience(learn=True)
