@@ -86,4 +86,5 @@ def in_buckets(merged: MergedTokens, multiple: int) -> MergedTokens:
         positions=F.pad(merged.positions, (0, 0, 0, more)),
         ready=F.pad(merged.ready, (0, more)),
         anchors=None if merged.anchors is None else F.pad(merged.anchors, (0, more)),
+        faint=None if merged.faint is None else F.pad(merged.faint, (0, more)),
     )

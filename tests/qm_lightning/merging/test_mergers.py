@@ -14,6 +14,7 @@ from qm_lightning.merging import (
 )
 from qm_lightning.merging.noise import uniform
 from qm_lightning.merging.salience import Salience, standardised
+from qm_lightning.modules.compiling import in_buckets
 from qm_lightning.tokens import AttentionStats, Tokens
 
 
@@ -125,6 +126,7 @@ def test_faint_tokens_are_seen_by_training_alone() -> None:
     expected, found = plain.train()(tokens), faint.train()(tokens)
     assert found.faint is not None
     torch.testing.assert_close(found.compression, expected.compression)
+    torch.testing.assert_close(in_buckets(found, 16).compression, expected.compression)
     assert torch.equal(found.mask, tokens.mask)
     torch.testing.assert_close(found.unmerge(), expected.unmerge())
     for b in range(len(tokens.mask)):
