@@ -20,10 +20,10 @@ MERGERS ?= QuickMerge,NoMerge,UniformPool,RandomPrune,TopKPrune,ToMe
 COMPRESSIONS ?= 2.37
 SEEDS ?= 1
 STEPS ?= 400
-STEPS_text ?= 130
+STEPS_text ?= 100
 # Validation costs time and changes nothing in the table, which comes from the test split and the last weights: every so many steps, on 16 batches.
 VAL ?= 200
-VAL_text ?= 130
+VAL_text ?= 100
 JOBS ?= 2
 BACKBONE ?=
 
