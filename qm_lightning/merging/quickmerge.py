@@ -135,7 +135,7 @@ class QuickMerge(BudgetMerger):
         merged = assemble(tokens, assignment, mass, anchors, counts, whole=False)
         # Between the layers of a backbone as many tokens must leave as the schedule says.
         if self.training and self.faint > 0 and scores.requires_grad and tokens.keep is None:
-            return with_faint_tokens(tokens, merged, gate, self.faint)
+            return with_faint_tokens(tokens, merged, chosen, gate, self.faint)
         return merged
 
     def _mass(self, salience: Tensor, gate: Tensor) -> Tensor:
