@@ -16,6 +16,7 @@ from datamodules.shards.faults import Fault, FaultPolicy
 from datamodules.shards.geometry import Progress
 from datamodules.shards.order import OrderSettings
 from datamodules.shards.stream import Batch, BatchStream, StreamSpec, unpack_places
+from datamodules.shards.worker_signals import held_back, leave_to_training
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class StreamLoader:
                 "persistent_workers": persistent_workers,
                 "prefetch_factor": prefetch,
                 "multiprocessing_context": start_method,
+                "worker_init_fn": leave_to_training(),
             }
         self._kept: tuple[DataLoader[Batch], Tensor] | None = None
         self._start = Progress(0, 0)
@@ -269,7 +271,8 @@ class StreamLoader:
         if self._keep_workers:
             self._kept = (loader, position)
         position[0], position[1] = start
-        return iter(loader)
+        with held_back():
+            return iter(loader)
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         """The next batch once all ranks have theirs; None at the end."""

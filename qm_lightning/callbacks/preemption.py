@@ -1,4 +1,4 @@
-"""Leaves a training in good order when the machine is taken away."""
+"""Leaves a training in good order when the machine is taken away, or when the user stops it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 
 from qm_lightning.callbacks.loop_state import (
     between_steps,
@@ -23,26 +23,28 @@ from qm_lightning.callbacks.loop_state import (
 from qm_lightning.runtime.checkpoint_io import AtomicCheckpointIO
 from qm_lightning.runtime.rendezvous import cpu_group, gather
 from qm_lightning.runtime.run_directory import RunDirectory
+from qm_lightning.runtime.wandb_run import RunLogger
 from qm_lightning.runtime.world import slurm_job_name
 
 EXIT_CODE = 75  # EX_TEMPFAIL: try again later; never mistaken for success
+INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 # SIGUSR1 announces a time limit (SLURM's --signal): the job must ask for its next turn itself. SIGTERM comes
 # with a pre-emption, after which SLURM requeues by itself, or with scancel: nobody wants the job back.
-_LEAVE, _LEAVE_AND_REQUEUE = 1, 2
+_INTERRUPT, _LEAVE, _LEAVE_AND_REQUEUE = 1, 2, 3
+_MEANING = {signal.SIGINT: _INTERRUPT, signal.SIGTERM: _LEAVE, signal.SIGUSR1: _LEAVE_AND_REQUEUE}
+_SAME_KEY_S = 1.0  # the terminal signals torchrun and the ranks, and torchrun signals the ranks
 
 
 class Preempted(SystemExit):
-    """Ends the process with exit code 75, through every ``finally`` on the way."""
-
-    def __init__(self) -> None:
-        super().__init__(EXIT_CODE)
+    """Ends the process with exit code 75, or 130 after Ctrl-C, through every ``finally`` on the way."""
 
 
 class PreemptionGuard(Callback):
     """A signal on any rank: every rank leaves at the same optimizer step, with a complete ``last.ckpt``.
 
-    The handler only takes a note. Ranks compare notes over gloo, on the host: no GPU is waited for.
+    The handler only takes a note; a second Ctrl-C ends the process at once. Ranks compare notes over gloo, on the host:
+    no GPU is waited for.
 
     Args:
         run: the run's directory.
@@ -53,6 +55,7 @@ class PreemptionGuard(Callback):
         self.path = run.checkpoints / "last.ckpt"
         self.every = every
         self._noted = 0
+        self._interrupted_at: float | None = None
         self._in_validation = False
         self._previous: dict[int, Any] = {}
 
@@ -70,11 +73,24 @@ class PreemptionGuard(Callback):
         cpu_group()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._note)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it ignored
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         # Lightning asks rank 0 before every batch, on the device; ours is the one question.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = max(self._noted, _LEAVE_AND_REQUEUE if number == signal.SIGUSR1 else _LEAVE)
+        self._noted = max(self._noted, _MEANING[signal.Signals(number)])
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._interrupted_at is not None and now - self._interrupted_at > _SAME_KEY_S:
+            raise KeyboardInterrupt
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+                line = b"\nCtrl-C: saving after this step; once more ends at once, without a save\n"
+                os.write(2, line)  # print may be in the middle of another line, and refuses then
+        self._note(number, frame)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -124,15 +140,18 @@ class PreemptionGuard(Callback):
         return int(note)
 
     def _leave(self, trainer: Trainer, verdict: int) -> None:
+        what, code = ("interrupted", INTERRUPTED) if verdict == _INTERRUPT else ("pre-empted", EXIT_CODE)
         if trainer.is_global_zero:
-            print(f"pre-empted: {self._saved(trainer)}, exit code {EXIT_CODE}", flush=True)
+            print(f"{what}: {self._saved(trainer)}, exit code {code}", flush=True)
+            if verdict == _INTERRUPT:
+                print("go on with the same command and --ckpt_path last", flush=True)
             if verdict == _LEAVE_AND_REQUEUE:
                 requeue()
             for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    logger.experiment.mark_preempting()
+                if isinstance(logger, RunLogger) and verdict != _INTERRUPT:
+                    logger.mark_preempting()
         gather(None)  # nobody leaves, and makes the scheduler clear the job away, before rank 0 is done
-        raise Preempted
+        raise Preempted(code)
 
     def _saved(self, trainer: Trainer) -> str:
         io = trainer.strategy.checkpoint_io

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from qm_lightning.errors import UserError
+from qm_lightning.runtime.wandb_service import while_service_lives
 
 # Without a network `wandb.init` would try for 90 s.
 _INIT_TIMEOUT_S = 30
@@ -87,7 +88,9 @@ def announce_mode(run_dir: Path, run_id: str, options: TrackingOptions) -> str:
 
 
 class RunLogger(WandbLogger):
-    """Lightning's logger with an id that a resume keeps, and a way out when the network fails."""
+    """Lightning's logger with an id that a resume keeps, and a way out when the network or W&B's service fails."""
+
+    service_lost = False
 
     @classmethod
     def for_run(cls, run_dir: Path, run_id: str, name: str, options: TrackingOptions, mode: str) -> RunLogger:
@@ -141,6 +144,25 @@ class RunLogger(WandbLogger):
             _ = self.experiment
 
     @rank_zero_only
+    @while_service_lives
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """A row of the run's history."""
+        super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    @while_service_lives
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        """Pictures, given by their files."""
+        super().log_image(key, images, step, **kwargs)
+
+    @rank_zero_only
+    @while_service_lives
+    def mark_preempting(self) -> None:
+        """Tell W&B that the run will go on later."""
+        self.experiment.mark_preempting()
+
+    @rank_zero_only
+    @while_service_lives
     def close(self) -> None:
         """Hand everything over and end the run, so that a next process can go on with it.
 
@@ -169,6 +191,7 @@ class RunLogger(WandbLogger):
             self.experiment.save(str(kept), base_path=self.experiment.dir, policy="now")
 
     @rank_zero_only
+    @while_service_lives
     def keep_checkpoints(self, run_id: str, paths: Sequence[Path]) -> None:
         """Make each file a version of the artifact ``checkpoint-RUN``, with its name as alias.
 

@@ -48,6 +48,43 @@ def test_a_signal_on_one_rank_brings_all_to_the_same_step(rank: int, shards: Pat
     assert since_the_last_step(tmp_path / "trace") < 20
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_every_process_of_the_job(number: int, shards: Path, tmp_path: Path) -> None:
+    """Data workers and W&B's service get it too: the step ends, the save is whole, the exit code says so."""
+    tracking = {"wandb": True, "mode": "offline"}
+    attempt = Attempt(workers=2, signal_at=(4, 0), signal=number, to_all=True, tracking=tracking)
+    outcome = run(attempt, shards, tmp_path / "run", tmp_path / "trace")[0]
+    assert outcome.code == 75, outcome.text
+    assert "pre-empted: saved step 5" in outcome.text
+    assert "Traceback" not in outcome.text
+    rows = (tmp_path / "run/metrics.csv").read_text().splitlines()
+    assert len([row for row in rows[1:] if row]) >= 5  # W&B's service may have ended with rows unwritten
+    again = replace(attempt, signal_at=None, ckpt_path="last")
+    outcome = run(again, shards, tmp_path / "run", tmp_path / "trace")[0]
+    assert outcome.code == 0, outcome.text
+    assert [line["step"] for line in traced(tmp_path / "trace")] == list(range(12))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ctrl_c_saves_and_the_same_command_goes_on(world: int, shards: Path, tmp_path: Path) -> None:
+    attempt = Attempt(world=world, workers=1, signal_at=(4, 0), signal=signal.SIGINT, to_all=True)
+    outcomes = run(attempt, shards, tmp_path / "run", tmp_path / "trace")
+    assert [o.code for o in outcomes] == [130] * world, outcomes[0].text
+    assert "interrupted: saved step 5" in outcomes[0].text
+    again = replace(attempt, signal_at=None, ckpt_path="last")
+    assert run(again, shards, tmp_path / "run", tmp_path / "trace")[0].code == 0
+    assert [line["step"] for line in traced(tmp_path / "trace")] == list(range(12))
+
+
+@pytest.mark.parametrize(("after_s", "code"), [(0.2, 130), (1.2, 1)])
+def test_a_second_ctrl_c_ends_at_once(after_s: float, code: int, shards: Path, tmp_path: Path) -> None:
+    """Unless it comes so soon that it is the same key, handed on by torchrun."""
+    attempt = Attempt(signal_at=(4, 0), signal=signal.SIGINT, signal_again_after_s=after_s)
+    outcome = run(attempt, shards, tmp_path / "run", tmp_path / "trace")[0]
+    assert outcome.code == code, outcome.text
+    assert (tmp_path / "run/checkpoints/last.ckpt").exists() == (code == 130)
+
+
 @pytest.mark.slow
 def test_metrics_of_the_last_step_are_not_lost(shards: Path, tmp_path: Path) -> None:
     run(Attempt(signal_at=(4, 0)), shards, tmp_path / "run", tmp_path / "trace")

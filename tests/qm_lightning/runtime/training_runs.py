@@ -125,6 +125,8 @@ class Attempt:
     signal_at: tuple[int, int] | None = None  # (training batch, rank): raise `signal` there
     signal_in_validation: tuple[int, int] | None = None  # (training batches before it, validation batch)
     signal: int = signal.SIGTERM
+    to_all: bool = False  # to the process's children too, as SLURM, torchrun and Ctrl-C do
+    signal_again_after_s: float | None = None
     nan_at: tuple[int, int] | None = None  # (training batch, rank)
     strategy: str = "auto"
     backbone: int = 0
@@ -195,7 +197,11 @@ class Learner(FrozenBackboneMixin, pl.LightningModule):
 
     def _happen(self) -> None:
         if self.attempt.signal_at == (self.batches, self.global_rank):
-            os.kill(os.getpid(), self.attempt.signal)
+            for process in [os.getpid(), *(children() if self.attempt.to_all else [])]:
+                os.kill(process, self.attempt.signal)
+            if self.attempt.signal_again_after_s is not None:
+                time.sleep(self.attempt.signal_again_after_s)
+                os.kill(os.getpid(), self.attempt.signal)
         if self.attempt.stop_at == (self.batches, self.global_rank):
             os.kill(os.getpid(), signal.SIGSTOP)
         if self.attempt.fill_disk_at == self.batches:
@@ -232,6 +238,12 @@ class Learner(FrozenBackboneMixin, pl.LightningModule):
             optimizer = MuonWithAdamW([self.merger.weight], rest, rate, rate, 0.01, (0.9, 0.95))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.attempt.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def children() -> list[int]:
+    """Processes that this one has started and that still live."""
+    threads = Path("/proc/self/task").iterdir()
+    return [int(number) for thread in threads for number in (thread / "children").read_text().split()]
 
 
 def fill_disk(folder: Path) -> None:
@@ -341,6 +353,7 @@ def _rank(rank: int, port: int, attempt: Attempt, data: str, run_dir: Path, trac
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (attempt.file_limit, resource.RLIM_INFINITY))
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     text, result = io.StringIO(), None
