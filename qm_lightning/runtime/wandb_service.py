@@ -6,36 +6,26 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, TypeVar, cast
+
+Method = TypeVar("Method", bound=Callable[..., None])
 
 
-class UsesService(Protocol):
-    """What talks to the service; ``service_lost`` starts False."""
-
-    service_lost: bool
-
-
-S = TypeVar("S", bound=UsesService)
-P = ParamSpec("P")
-
-
-def while_service_lives(
-    method: Callable[Concatenate[S, P], Any],
-) -> Callable[Concatenate[S, P], None]:
+def while_service_lives(method: Method) -> Method:
     """Make a method do nothing once W&B's service is gone, and say so when it is noticed.
 
     SLURM signals every process of a job, and the service ends at once, with the rows of the last seconds; it cannot be
     started so that it would not. The training still has a step to finish, to save, and an exit code to give.
 
     Args:
-        method: of a logger; what it returns is dropped.
+        method: of a logger, whose ``service_lost`` starts False.
 
     Returns:
         The method.
     """
 
     @wraps(method)
-    def guarded(self: S, *args: P.args, **kwargs: P.kwargs) -> None:
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
         if self.service_lost:
             return
         from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
@@ -51,7 +41,7 @@ def while_service_lives(
             )
             _forget_service()
 
-    return guarded
+    return cast(Method, guarded)
 
 
 def _forget_service() -> None:
