@@ -14,6 +14,7 @@ from qm_lightning.backbones.layout import (
     Modality,
     attention_modules,
     choose_layers,
+    counts_positions,
     find_max_tokens,
     find_modality,
     find_sample_tokens,
@@ -30,8 +31,8 @@ class HFBackbone(nn.Module):
     """A pre-trained transformer, frozen for certain: always in eval mode, no gradient, no autocast.
 
     ``values`` is the model's last hidden state. ``metric`` is the mean over heads of the last chosen layer's
-    keys, as its attention sees them (rotated, where the model uses RoPE). Padding belongs at the end of a
-    text. An image model takes clips too, frame by frame.
+    keys, as its attention sees them (rotated, where the model uses RoPE). A text may be padded on either
+    side. An image model takes clips too, frame by frame.
 
     Args:
         name_or_path: folder written by ``save_pretrained``, or a model's name in the Hugging Face cache.
@@ -87,6 +88,7 @@ class HFBackbone(nn.Module):
         self.layers = choose_layers(layers, int(self.config.num_hidden_layers))
         self._watched = {m: i for m, i in attention_modules(self.model).items() if i in self.layers}
         self.causal = any(bool(module.is_causal) for module in self._watched)
+        self._counts_positions = self.modality == "text" and counts_positions(self.model)
         self.edge_ids = self._text_edges() if special_tokens == "protect" else []
         self._fingerprint: str | None = None
         self.train(False)
@@ -159,13 +161,13 @@ class HFBackbone(nn.Module):
         mask = torch.ones_like(ids) if mask is None else mask
         self.check_text(ids)
         more: dict[str, Any] = {} if cache is None else {"past_key_values": cache, "use_cache": True}
-        places = inputs.get("position_ids")
-        if places is not None:
-            more["position_ids"] = places
-        values, record = self._run(statistics, input_ids=ids, attention_mask=mask, **more)
         valid = mask.bool()[:, -new:]
+        places = inputs.get("position_ids")
         if places is None:
             places = (valid.cumsum(dim=1) - 1).clamp(min=0)
+        if self._counts_positions:
+            more["position_ids"] = places
+        values, record = self._run(statistics, input_ids=ids, attention_mask=mask, **more)
         protected = None
         if self.special_tokens == "protect":
             protected = torch.isin(ids, torch.tensor(self.edge_ids, device=ids.device)) & valid

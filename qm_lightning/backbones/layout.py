@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Literal
 
@@ -150,6 +151,18 @@ def _check_size(config: PretrainedConfig, height: int, width: int) -> None:
         f"the pictures are {height} x {width} pixels; expected {expected}, the only size that this "
         f"{config.model_type} backbone takes; let the data use the backbone's processor"
     )
+
+
+def counts_positions(model: PreTrainedModel) -> bool:
+    """Whether a text model takes the place of each token, which it else counts over padding too.
+
+    RoBERTa and its kin count for themselves, from ids that are no padding: their table of places has a row for it.
+    """
+    own = any(
+        isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None
+        for name, module in model.named_modules()
+    )
+    return not own and "position_ids" in inspect.signature(model.forward).parameters
 
 
 def grid_positions(grid: tuple[int, ...], specials: int, frames: int | None, device: torch.device) -> Tensor:

@@ -93,6 +93,21 @@ def test_padding_changes_nothing(name: str, folders: dict[str, Path]) -> None:
     assert torch.equal(long.mask[1], torch.arange(20) < 13)
 
 
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
+def test_padding_may_stand_before_the_text(name: str, folders: dict[str, Path]) -> None:
+    backbone = HFBackbone(str(folders[name]), layers=3, received=True, dtype="float64")
+    behind = make_inputs(name, padded=True)
+    before = {key: torch.stack([rows[0], rows[1].roll(7)]) for key, rows in behind.items()}
+    expected, found = backbone(behind), backbone(before)
+    torch.testing.assert_close(found.values[1, 7:], expected.values[1, :13], atol=1e-10, rtol=1e-10)
+    assert found.attention is not None
+    assert expected.attention is not None
+    torch.testing.assert_close(
+        found.attention.entropy[:, 1, 7:], expected.attention.entropy[:, 1, :13], atol=1e-10, rtol=1e-10
+    )
+    assert found.positions[1, 7:, 0].tolist() == list(range(13))
+
+
 def test_norm_is_that_of_what_enters_the_output_projection(folders: dict[str, Path]) -> None:
     backbone = HFBackbone(str(folders["llama"]), layers=[1])
     entering: list[Tensor] = []
