@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qm_lightning.merging.budget import Budget
 from qm_lightning.modules.multimodal import ModalityView
 from qm_lightning.modules.quickmerge import QuickMergeModule
 
@@ -58,7 +59,7 @@ def activation_bytes(call: Callable[[], Tensor]) -> int:
 def measure_cost(
     module: QuickMergeModule | ModalityView, batch: dict[str, Any], rounds: int = 20
 ) -> dict[str, float]:
-    """Measure one batch in evaluation mode, one part after the other.
+    """Measure one batch.
 
     Args:
         module: the trained module, or one modality of it, on its device.
@@ -67,8 +68,9 @@ def measure_cost(
 
     Returns:
         ``ms_backbone`` (with the merging, where that happens inside), ``ms_merge``, ``ms_prior`` and their sum
-        ``ms_per_sample`` (milliseconds per sample), ``prior_flops_per_sample``, and ``peak_memory_bytes``:
-        activations that a training step of merger and prior keeps for its backward pass, for the batch.
+        ``ms_per_sample`` (milliseconds per sample), ``prior_flops_per_sample``, all in evaluation; and
+        ``peak_memory_bytes``: activations that a training step of merger and prior keeps for its backward pass, for
+        the batch (a merger between the backbone's layers: of the prior).
     """
     was_training = module.training
     module.eval()
@@ -91,6 +93,7 @@ def measure_cost(
     cost["ms_per_sample"] = sum(cost.values())
     kept = float(merged.mask.sum(1).float().mean())
     cost["prior_flops_per_sample"] = float(module.prior.flops(round(kept), int(batch["targets"].shape[1])))
+    train_without_control(module)
     cost["peak_memory_bytes"] = float(
         activation_bytes(
             lambda: module.prior(merged if inside else merger(tokens), batch["targets"]).logits.sum()
@@ -98,3 +101,11 @@ def measure_cost(
     )
     module.train(was_training)
     return cost
+
+
+def train_without_control(module: nn.Module) -> None:
+    """Training mode, in which some mergers keep more tokens, but budgets rest: a controller would take a step."""
+    module.train()
+    for part in module.modules():
+        if isinstance(part, Budget):
+            part.eval()

@@ -112,7 +112,7 @@ COLUMNS = (
     Column(
         "ms_per_sample",
         "ms / sample",
-        "backbone + merger + prior in evaluation mode, one batch, median of calls",
+        "backbone + merger + prior in evaluation mode, one batch, fastest of 20 calls",
     ),
     Column("ms_merge", "merger ms", "the merger's part of it", spread=False),
     Column("prior_flops_per_sample", "prior MFLOPs", "forward pass of the prior, per sample", 1e-6),
