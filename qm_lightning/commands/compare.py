@@ -84,8 +84,7 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--{name} is {getattr(options, name)}; expected at least 1")
 
     _import_aside()
-    from rich.console import Console
-
+    from qm_lightning import terminal
     from qm_lightning.comparing.cells import make_cells
     from qm_lightning.comparing.plan import check_backbone, common_parts, make_plans, resolve
 
@@ -95,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     check_backbone(plans, config)
     out = options.out or Path("runs") / "compare" / config["name"]
     cells = make_cells(plans, options.seeds, [*files, *QUIET, *overrides], out, common_parts(config))
-    console = Console()
+    console = terminal.console()
     with _alone_in(out), _stop_on_sigterm():
         try:
             failures = _train(cells, options.jobs, config["trainer"]["max_steps"], console)

@@ -47,9 +47,8 @@ def main(argv: Sequence[str]) -> int:
         0; mistakes raise ``UserError``.
     """
     options = parser().parse_args(argv)
-    from rich.console import Console
-
+    from qm_lightning import terminal
     from qm_lightning.report import print_report, write_report
 
-    print_report(write_report(options.run_dirs, options.out), Console())
+    print_report(write_report(options.run_dirs, options.out), terminal.console())
     return 0

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelSummary, RichProgressBar
 from rich.console import Console
 from torch import nn
 
+from qm_lightning import terminal
 from qm_lightning.callbacks import progress_bar
 from qm_lightning.callbacks.model_summary import summary_table
 from qm_lightning.callbacks.progress_bar import TrainingBar
@@ -92,3 +93,11 @@ def test_advertisements_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
         logger.info("💡 Tip: For seamless cloud logging and experiment tracking, try installing something")
         logger.info("GPU available: False, used: False")
     assert [record.getMessage() for record in caplog.records] == ["GPU available: False, used: False"]
+
+
+def test_lines_are_folded_to_a_terminal_and_not_to_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    assert terminal.console().width == 200
+    monkeypatch.setenv("COLUMNS", "90")
+    assert terminal.console().width == 90
