@@ -64,7 +64,9 @@ def save_pretrained(
         UserError: the directory is in use, or merger or prior cannot be described.
     """
     out = Path(directory)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not overwrite)):
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; expected the path of a new directory; choose another")
+    if out.exists() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} is not empty; expected a new directory; choose another, or add --overwrite")
     config = _config(module, dict(facts or {}), dict(text) if text else None)
     weights = {

@@ -272,6 +272,7 @@ def test_mistakes_are_one_line(
     before = (exported / "config.json").stat().st_mtime_ns
     for call, expected in (
         ([str(streaming_run), "--out", str(exported)], "is not empty"),
+        ([str(streaming_run), "--out", str(exported / "config.json")], "config.json is a file; expected"),
         (["--out", str(tmp_path / "m")], "found no RUN_DIR"),
         ([str(tmp_path), "--out", str(tmp_path / "m")], "holds no config.yaml"),
         ([str(streaming_run)], "--out"),
