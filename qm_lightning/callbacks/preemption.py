@@ -56,6 +56,7 @@ class PreemptionGuard(Callback):
         self.every = every
         self._noted = 0
         self._interrupted_at: float | None = None
+        self._speaks = False
         self._in_validation = False
         self._previous: dict[int, Any] = {}
 
@@ -71,6 +72,7 @@ class PreemptionGuard(Callback):
         if self._previous:
             return
         cpu_group()
+        self._speaks = trainer.is_global_zero
         for number in (signal.SIGTERM, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._note)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it ignored
@@ -87,7 +89,7 @@ class PreemptionGuard(Callback):
             raise KeyboardInterrupt
         if self._interrupted_at is None:
             self._interrupted_at = now
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            if self._speaks:
                 line = b"\nCtrl-C: saving after this step; once more ends at once, without a save\n"
                 os.write(2, line)  # print may be in the middle of another line, and refuses then
         self._note(number, frame)
