@@ -90,16 +90,20 @@ def find_source(name_or_path: str) -> str:
         UserError: it means a folder, and there is none with a model.
     """
     path = Path(name_or_path).expanduser()
-    means_folder = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+    shipped = path.parts[:1] == ("pretrained",)  # where the project's own backbones are written
+    means_folder = (
+        path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1 or shipped
+    )
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
             f"backbone folder {name_or_path!r} has no config.json; expected a folder written by "
             "save_pretrained; give the folder that holds config.json and model.safetensors"
         )
     if means_folder and not path.is_dir():
+        recipe = f"python train.py fit --config configs/experiment/backbone_{path.name}.yaml"
+        mend = f"train it first: {recipe}" if shipped else "check the path"
         raise UserError(
-            f"backbone folder {name_or_path!r} does not exist; expected a folder written by save_pretrained; "
-            "check the path, or pre-train the demo's backbones first (make demo)"
+            f"backbone folder {name_or_path!r} does not exist; expected a folder written by save_pretrained; {mend}"
         )
     return str(path) if path.is_dir() else name_or_path
 

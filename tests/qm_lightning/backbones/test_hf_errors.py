@@ -95,6 +95,16 @@ def test_no_network_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         HFBackbone("nobody/nothing")
 
 
+def test_a_shipped_backbone_that_was_not_trained_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = "configs/experiment/backbone_text_streaming.yaml"
+    with refused(
+        "'pretrained/text_streaming' does not exist", f"train it first: python train.py fit --config {recipe}"
+    ):
+        HFBackbone("pretrained/text_streaming")
+    assert (Path(__file__).parents[3] / recipe).is_file()
+
+
 def test_broken_or_incomplete_weights(tmp_path: Path) -> None:
     folder = save_family("vit", tmp_path)
     weights = load_file(folder / "model.safetensors")
