@@ -15,11 +15,11 @@ from qm_lightning.merging.budget import Budget
 from qm_lightning.modules.multimodal import ModalityView
 from qm_lightning.modules.quickmerge import QuickMergeModule
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-KEEP_BYTES, LARGEST_BYTES = 2**31 - 1, 2**25  # the most that mallopt takes
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEEP_BYTES, _LARGEST_BYTES = 2**31 - 1, 2**25  # the most that mallopt takes
 
 
-def keep_freed_memory() -> None:
+def _keep_freed_memory() -> None:
     """Let this process keep what tensors free, on Linux, until it ends.
 
     Else each call asks the system for its pages anew, or not, as the heap happens to lie: between two processes that
@@ -27,8 +27,8 @@ def keep_freed_memory() -> None:
     """
     with suppress(AttributeError, OSError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, LARGEST_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
 
 
 def _fastest_seconds(
@@ -105,13 +105,13 @@ def measure_cost(
         "merge": lambda: None if inside else merger(tokens),
         "prior": lambda: module.prior(merged, batch["targets"]),
     }
-    keep_freed_memory()
+    _keep_freed_memory()
     seconds = _fastest_seconds(parts, device, rounds)
     cost = {f"ms_{name}": took * 1e3 / samples for name, took in seconds.items()}
     cost["ms_per_sample"] = sum(cost.values())
     kept = float(merged.mask.sum(1).float().mean())
     cost["prior_flops_per_sample"] = float(module.prior.flops(round(kept), int(batch["targets"].shape[1])))
-    train_without_control(module)
+    _train_without_control(module)
     cost["peak_memory_bytes"] = float(
         activation_bytes(
             lambda: module.prior(merged if inside else merger(tokens), batch["targets"]).logits.sum()
@@ -121,7 +121,7 @@ def measure_cost(
     return cost
 
 
-def train_without_control(module: nn.Module) -> None:
+def _train_without_control(module: nn.Module) -> None:
     """Training mode, in which some mergers keep more tokens, but budgets rest: a controller would take a step."""
     module.train()
     for part in module.modules():

@@ -1,6 +1,8 @@
-"""The one exception for what a user can mend."""
+"""The one exception for what a user can mend, and the exit code after Ctrl-C."""
 
 from __future__ import annotations
+
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
 class UserError(Exception):

@@ -15,8 +15,9 @@ from datamodules.errors import DataError
 from datamodules.shards.faults import Fault, FaultPolicy
 from datamodules.shards.geometry import Progress
 from datamodules.shards.order import OrderSettings
+from datamodules.shards.processes import born_without
 from datamodules.shards.stream import Batch, BatchStream, StreamSpec, unpack_places
-from datamodules.shards.worker_signals import held_back, leave_to_training
+from datamodules.shards.worker_signals import FOR_THE_TRAINING, leave_to_training
 
 log = logging.getLogger(__name__)
 
@@ -271,7 +272,7 @@ class StreamLoader:
         if self._keep_workers:
             self._kept = (loader, position)
         position[0], position[1] = start
-        with held_back():
+        with born_without(FOR_THE_TRAINING):
             return iter(loader)
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:

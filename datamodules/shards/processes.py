@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import TypeVar
 
@@ -37,18 +38,25 @@ def map_files(work: Callable[[T], R], jobs: Sequence[T], workers: int, *, at_a_t
     count = min(workers, len(jobs))
     with ProcessPoolExecutor(count, mp_context=context, initializer=end_with_parent) as pool:
         try:
-            # Ctrl-C reaches all processes of a terminal. Workers are born with it blocked: the parent alone reports it.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
+            # Ctrl-C reaches all processes of a terminal: the parent alone reports it.
+            with born_without({signal.SIGINT}):
                 found = pool.map(work, jobs, chunksize=at_a_time)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             yield from found
         except BrokenProcessPool as error:
             raise DataError(
                 f"one of {count} worker processes was killed, most likely for lack of memory; expected all to end by "
                 "themselves; try fewer --workers: what is finished is kept"
             ) from error
+
+
+@contextmanager
+def born_without(signals: Collection[signal.Signals]) -> Iterator[None]:
+    """Processes started inside are born with these signals blocked; what comes for us meanwhile comes afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with_parent() -> None:

@@ -9,29 +9,21 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, partial
 from types import FrameType
 
 import torch
 from torch import Tensor
 
-_FOR_THE_TRAINING = frozenset({signal.SIGINT, signal.SIGUSR1, signal.SIGTERM})
-
-
-@contextmanager
-def held_back() -> Iterator[None]:
-    """Around the start of workers: until ``leave_to_training`` runs in them, signals wait; ours come afterwards."""
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_TRAINING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+FOR_THE_TRAINING = frozenset({signal.SIGINT, signal.SIGUSR1, signal.SIGTERM})
 
 
 def leave_to_training() -> Callable[[int], None]:
-    """A ``worker_init_fn``: workers ignore SIGINT, SIGUSR1, and SIGTERM until this process is about to end."""
+    """A ``worker_init_fn``: workers ignore SIGINT, SIGUSR1, and SIGTERM until this process is about to end.
+
+    They are to be started with these signals blocked, so that none comes before this runs.
+    """
     return partial(_ignore, _ending(os.getpid()))
 
 
@@ -52,4 +44,4 @@ def _ignore(ending: Tensor, worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, obey_at_the_end)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_TRAINING)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_TRAINING)

@@ -20,6 +20,7 @@ from qm_lightning.callbacks.loop_state import (
     mark_validation_due,
     validation_follows,
 )
+from qm_lightning.errors import INTERRUPTED
 from qm_lightning.runtime.checkpoint_io import AtomicCheckpointIO
 from qm_lightning.runtime.rendezvous import cpu_group, gather
 from qm_lightning.runtime.run_directory import RunDirectory
@@ -27,7 +28,6 @@ from qm_lightning.runtime.wandb_run import RunLogger
 from qm_lightning.runtime.world import slurm_job_name
 
 EXIT_CODE = 75  # EX_TEMPFAIL: try again later; never mistaken for success
-INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 # SIGUSR1 announces a time limit (SLURM's --signal): the job must ask for its next turn itself. SIGTERM comes
 # with a pre-emption, after which SLURM requeues by itself, or with scancel: nobody wants the job back.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from qm_lightning.commands.report import OneLineParser
 from qm_lightning.comparing.specs import check_overrides, parse_compressions, parse_specs
-from qm_lightning.errors import UserError
+from qm_lightning.errors import INTERRUPTED, UserError
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Settings of a cell that a user may still override: one log file, one W&B table at the end.
 QUIET = ("--logger.wandb", "false", "--trainer.enable_progress_bar", "false")
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 EXAMPLE = """\
 example:
   python train.py compare --config configs/experiment/image.yaml --seeds 3 --compressions 1.5,2.37,4,8 \\

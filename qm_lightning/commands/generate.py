@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qm_lightning.commands.report import OneLineParser
-from qm_lightning.errors import UserError
+from qm_lightning.errors import INTERRUPTED, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from datamodules.text import TextDataModule
     from qm_lightning.generation import Cost, Generation, Parts
-
-INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 EXAMPLE = """\
 example:

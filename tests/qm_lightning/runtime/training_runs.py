@@ -29,6 +29,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from nodes import descendants
 from torch.distributed.tensor import DTensor
 
 from datamodules.base import ShardDataModule
@@ -125,7 +126,7 @@ class Attempt:
     signal_at: tuple[int, int] | None = None  # (training batch, rank): raise `signal` there
     signal_in_validation: tuple[int, int] | None = None  # (training batches before it, validation batch)
     signal: int = signal.SIGTERM
-    to_all: bool = False  # to the process's children too, as SLURM, torchrun and Ctrl-C do
+    to_all: bool = False  # to the processes below it too, as SLURM, torchrun and Ctrl-C do
     signal_again_after_s: float | None = None
     nan_at: tuple[int, int] | None = None  # (training batch, rank)
     strategy: str = "auto"
@@ -197,8 +198,9 @@ class Learner(FrozenBackboneMixin, pl.LightningModule):
 
     def _happen(self) -> None:
         if self.attempt.signal_at == (self.batches, self.global_rank):
-            for process in [os.getpid(), *(children() if self.attempt.to_all else [])]:
-                os.kill(process, self.attempt.signal)
+            for process in [os.getpid(), *(descendants(os.getpid()) if self.attempt.to_all else [])]:
+                with suppress(ProcessLookupError):  # a child of one that has just ended
+                    os.kill(process, self.attempt.signal)
             if self.attempt.signal_again_after_s is not None:
                 time.sleep(self.attempt.signal_again_after_s)
                 os.kill(os.getpid(), self.attempt.signal)
@@ -238,12 +240,6 @@ class Learner(FrozenBackboneMixin, pl.LightningModule):
             optimizer = MuonWithAdamW([self.merger.weight], rest, rate, rate, 0.01, (0.9, 0.95))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.attempt.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def children() -> list[int]:
-    """Processes that this one has started and that still live."""
-    threads = Path("/proc/self/task").iterdir()
-    return [int(number) for thread in threads for number in (thread / "children").read_text().split()]
 
 
 def fill_disk(folder: Path) -> None:
